@@ -1,0 +1,132 @@
+"""What an adapter is, before it has weights: its method, its targets, and how both are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sideroad.errors import ConfigError, did_you_mean, raise_findings
+
+Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
+Init = Literal["kaiming", "gaussian"]
+Bias = Literal["none", "adapted", "all"]
+AdapterDtype = Literal["float32", "base"]
+
+
+class Settings(BaseModel):
+    """A frozen section of a recipe or configuration; a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class LoraMethod(Settings):
+    """Low-rank adaptation, `W' = W + s·B·A` (LoRA, Hu et al. 2021, arXiv:2106.09685, sec. 4.1)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 8
+    """Rows of A and columns of B."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Numerator of the scale s."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of zeroing an element of the branch's input while training; the base's input is never touched."""
+    scaling: Scaling = "alpha/r"
+    """`alpha/r` (LoRA) or `alpha/sqrt(r)` (rsLoRA, arXiv:2312.03732)."""
+    init: Init = "kaiming"
+    """A's distribution at the start; B is zero. `kaiming`: U(±1/sqrt(in)); `gaussian`: N(0, 1/r)."""
+
+
+Method = LoraMethod
+"""Union of the methods, told apart by `kind`; a new method joins it here."""
+
+
+class AdapterConfig(Settings):
+    """Which layers are adapted, and how.
+
+    Targets, exclusions and pattern keys share one language: a name (`q_proj`, `self_attn.q_proj`: a whole dotted
+    suffix), a glob over the whole path (`*.layers.1?.mlp.*`), or `re:` and a regular expression for the whole path.
+    """
+
+    targets: str | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer but the output head), or one or more patterns."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of layers to leave alone."""
+    layers: str | tuple[int, ...] | None = None
+    """Blocks to adapt, counted from 0: a list, or ranges such as `0-3,10-`."""
+    layers_pattern: str | None = None
+    """Name of the block list in module paths (`layers`, `h`); by default any number in the path's first list."""
+    method: Method = LoraMethod()
+    """The method and its numbers."""
+    rank_pattern: Mapping[str, Annotated[int, Field(ge=1)]] = {}
+    """Pattern → rank where it differs from the method's; the first match counts."""
+    alpha_pattern: Mapping[str, Annotated[float, Field(gt=0)]] = {}
+    """Pattern → alpha where it differs from the method's; the first match counts."""
+    bias: Bias = "none"
+    """Bias vectors to train beside the pairs: none, those of adapted layers, or all of the model's."""
+    dtype: AdapterDtype = "float32"
+    """Storage type of the adapter's weights; products run in the base's type."""
+
+    @field_validator("targets", "exclude")
+    @classmethod
+    def _reject_empty(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for pattern in (value,) if isinstance(value, str) else value:
+            if not pattern.strip():
+                raise ValueError("a pattern is empty; give a name, a glob or re:…")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _require_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError('no target given; use "all-linear" or name layers')
+        return value
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def validate(schema: type[S], values: object, where: str) -> S:
+    """Check plain values against a section's schema.
+
+    Args:
+        values: mapping as read from YAML or JSON.
+        where: file or source named in the messages.
+    Raises:
+        ConfigError: every unknown key (with the nearest known one) and every wrong value, at once.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        findings = [_finding(schema, item, where) for item in error.errors()]
+        raise_findings(ConfigError, where, findings)
+        raise AssertionError("unreachable") from error
+
+
+def _finding(schema: type[Settings], item: Any, where: str) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        shown = repr(item["input"])
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        return f"{path or 'top level'}: {item['msg']}; found {shown} ({where})"
+    *parents, key = (str(part) for part in item["loc"])
+    allowed = sorted(_section(schema, parents).model_fields)
+    return (
+        f'unknown key "{path}".{did_you_mean(key, allowed)} '
+        f"Allowed here: {', '.join(allowed)} ({where})"
+    )
+
+
+def _section(schema: type[Settings], parents: list[str]) -> type[Settings]:
+    for part in parents:
+        field = schema.model_fields.get(part)
+        nested = next(_settings_in(field.annotation), None) if field else None
+        schema = nested or schema
+    return schema
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _settings_in(argument)
