@@ -1,0 +1,144 @@
+"""What a run tells whoever is watching, as values; the library itself prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Kept = Literal["last", "best"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a person should know that is not an error: a fallback and its reason, a difference on resume."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """Bytes of the base model that have arrived so far."""
+
+    what: str
+    done_bytes: int
+    total_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Said once, before the first step: how much work there is.
+
+    `tokens` are real and `trained_tokens` supervised tokens over all `steps`; both count every repetition. `start` is
+    the number of steps already done, above 0 on resume. `packed` says whether examples share a row in isolation.
+    """
+
+    steps: int
+    start: int
+    epochs: int
+    examples: int
+    validation_examples: int
+    tokens: int
+    trained_tokens: int
+    packed: bool
+    trainable_parameters: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step. `loss` is the mean over its trained tokens in nats; `grad_norm` is taken before clipping.
+
+    `computed_tokens` include padding. `peak_bytes` is the largest memory so far: the accelerator's allocations on CUDA
+    and MPS, the whole process's resident set elsewhere. `seconds` are those of this step alone.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    trained_tokens: int
+    real_tokens: int
+    computed_tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The validation set's loss (mean over its trained tokens, nats) after `step` steps; `best` if none was lower."""
+
+    step: int
+    loss: float
+    best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """A checkpoint is complete on disk."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class StoppedEarly:
+    """Validation loss has not fallen for `patience` validations in a row, so training ends at `step`."""
+
+    step: int
+    best_step: int
+    patience: int
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """The task metrics and samples are about to be generated for `who`, the base model or the adapted one."""
+
+    who: Literal["base", "adapted"]
+    examples: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left behind.
+
+    `kept` says which weights are in `adapter`: those of the last step or of the best validation; `kept_step` is theirs.
+    `scores` maps `base` and `adapted` to metric → value and is empty when nothing was evaluated.
+    """
+
+    run: Path
+    adapter: Path
+    steps: int
+    kept: Kept
+    kept_step: int
+    loss: float | None
+    first_validation_loss: float | None
+    last_validation_loss: float | None
+    best_validation_loss: float | None
+    best_step: int | None
+    stopped_early: bool
+    seconds: float
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is complete and everything is on disk."""
+
+    result: Result
+
+
+Event = (
+    Note
+    | Fetching
+    | Planned
+    | StepDone
+    | Validated
+    | Checkpointed
+    | StoppedEarly
+    | Evaluating
+    | Finished
+)
