@@ -1,0 +1,132 @@
+"""Whether a model can keep the sequences of a packed row apart, found out on the live model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sideroad.kernels.causal_loss import forward_logits
+from sideroad.kernels.packed_attention import refusal, segment_attention
+
+_LENGTHS = (7, 9, 8)
+_MIDDLE = slice(_LENGTHS[0], _LENGTHS[0] + _LENGTHS[1])
+_SEED = 20240509
+
+
+@dataclass(frozen=True)
+class PackingRoute:
+    """How packed rows are computed on a model.
+
+    `segments`: one attention call per sequence. `mask`: transformers' own attention with a block mask, right for any
+    model that honours position ids, but the hidden products are computed. `none`: sequences would see each other.
+    """
+
+    kind: Literal["segments", "mask", "none"]
+    reason: str
+    """Why a faster route was not taken; empty for `segments`."""
+
+    @property
+    def isolates(self) -> bool:
+        """True if packed rows may be used."""
+        return self.kind != "none"
+
+
+def choose_route(model: nn.Module) -> PackingRoute:
+    """Find the fastest way of computing packed rows that keeps their sequences apart on this very model."""
+    reason = refusal(model)
+    if reason is None:
+        with segment_attention(model):
+            reason = probe_isolation(model)
+    if reason is None:
+        return PackingRoute("segments", "")
+    leak = probe_isolation(model)
+    return PackingRoute("mask", reason) if leak is None else PackingRoute("none", leak)
+
+
+def probe_isolation(model: nn.Module) -> str | None:
+    """Return None if packed rows, computed as they would be now, keep their sequences apart; else why they do not.
+
+    Random tokens in three sequences are run packed; then the outer two are changed, and the middle one's logits must
+    not move; and every sequence's logits must be those it has alone. Mode, gradients and random state are left as they
+    were. It costs five forward passes of at most 24 tokens. The answer holds for the route in force (see `packing`).
+    """
+    name = type(model).__name__
+    try:
+        with torch.no_grad(), _undisturbed(model):
+            return _compare(model)
+    except Exception as error:  # whatever a foreign model raises on a packed row is a reason not to pack
+        first_line = str(error).partition("\n")[0]
+        return f"{name} cannot run a packed row: {type(error).__name__}: {first_line}"
+
+
+def packing(model: nn.Module, route: PackingRoute) -> AbstractContextManager[None]:
+    """Put a route into force for the packed rows of a block, which must hold their backward passes too.
+
+    Everything but packed rows (padding, generation) behaves in the block as it does outside.
+    """
+    return segment_attention(model) if route.kind == "segments" else nullcontext()
+
+
+def _compare(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    device = next(model.parameters()).device
+    tokens, others = _random_tokens(model, device)
+    packed = _packed_logits(model, tokens)
+    if not packed.isfinite().all():
+        return f"{name} gives logits that are not finite for a packed row"
+    changed = torch.cat((others[:, : _MIDDLE.start], tokens[:, _MIDDLE], others[:, _MIDDLE.stop :]), dim=1)
+    moved = _distance(_packed_logits(model, changed)[:, _MIDDLE], packed[:, _MIDDLE])
+    if moved > 1e-5:
+        return f"{name} lets packed sequences see each other: other neighbours move logits by {moved:.1e} (relative)"
+    sizes = list(_LENGTHS)
+    parts = zip(torch.split(tokens, sizes, 1), torch.split(packed, sizes, 1), strict=True)
+    apart = max(_distance(logits, _alone(model, part)) for part, logits in parts)
+    # A row of another length takes another path through the matrix products, which 16-bit types show.
+    allowed = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 3e-2
+    if apart > allowed:
+        return f"{name} computes a packed sequence differently from the same one alone, by {apart:.1e} (relative)"
+    return None
+
+
+def _random_tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(_SEED)
+    tokens = torch.randint(size, (1, sum(_LENGTHS)), generator=generator)
+    # Never the same token in the same place, however small the vocabulary.
+    others = (tokens + torch.randint(1, size, tokens.shape, generator=generator)) % size
+    return tokens.to(device), others.to(device)
+
+
+def _packed_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None].to(tokens.device)
+    return forward_logits(model, tokens, positions, None, _LENGTHS)
+
+
+def _alone(model: nn.Module, tokens: Tensor) -> Tensor:
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return forward_logits(model, tokens, positions, None, None)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the spread of what is expected; infinite if anything is not finite."""
+    scale = expected.float().std().clamp_min(1e-12)
+    distance = float((found.float() - expected.float()).abs().max() / scale)
+    return distance if distance == distance else float("inf")
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
