@@ -1,0 +1,61 @@
+"""What an adapter's tensors are before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sideroad.config import Init
+from sideroad.targets import Target
+
+
+def draw_seed() -> int:
+    """Draw a seed from torch's global generator, so that `torch.manual_seed` decides where no seed is given."""
+    return int(torch.randint(2**62, (1,)).item())
+
+
+def start_pair(target: Target, init: Init, seed: int) -> dict[str, Tensor]:
+    """Return A [rank, in] drawn at random and B [out, rank] of zeros, in fp32 on the CPU.
+
+    Every layer has its own generator, seeded by (seed, path): the tensors depend neither on the device, nor on the
+    order of layers, nor on other adapters.
+
+    Args:
+        init: `kaiming`: U(±1/sqrt(in)), which is kaiming_uniform with a = sqrt 5; `gaussian`: standard deviation
+            1/rank. Both are PEFT's; the paper says "Gaussian" without a width (arXiv:2106.09685, sec. 4.1).
+    """
+    generator = torch.Generator().manual_seed(_seed_of(seed, target.path))
+    A = torch.empty(target.rank, target.in_features)
+    if init == "kaiming":
+        bound = 1 / math.sqrt(target.in_features)
+        A.uniform_(-bound, bound, generator=generator)
+    else:
+        A.normal_(0.0, 1 / target.rank, generator=generator)
+    return {"A": A, "B": torch.zeros(target.out_features, target.rank)}
+
+
+def start_tensors(target: Target | None, init: Init, seed: int, layer: nn.Module, *, bias: bool) -> dict[str, Tensor]:
+    """Return the tensors that one layer's delta starts from; a meta layer gets meta tensors and nothing is drawn.
+
+    Args:
+        target: None where only the bias is trained.
+        bias: whether the layer's bias is trained too; it starts as a copy of it, [out].
+    """
+    tensors: dict[str, Tensor] = {}
+    meta = any(parameter.is_meta for parameter in layer.parameters(recurse=False))
+    if target is not None and meta:
+        tensors["A"] = torch.empty(target.rank, target.in_features, device="meta")
+        tensors["B"] = torch.empty(target.out_features, target.rank, device="meta")
+    elif target is not None:
+        tensors = start_pair(target, init, seed)
+    if bias:
+        tensors["bias"] = layer.get_parameter("bias").detach().clone()
+    return tensors
+
+
+def _seed_of(seed: int, path: str) -> int:
+    digest = hashlib.sha256(f"{seed}\n{path}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

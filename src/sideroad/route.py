@@ -1,0 +1,112 @@
+"""Which adapters act: one shared Route, and on every adapted layer a child module `lora` and a hook that asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+from urllib.parse import unquote
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+CHILD = "lora"
+"""Name of the child module on an adapted layer."""
+
+
+class Route:
+    """Adapter key → weight, shared by all layers of a model, so that a switch is one assignment.
+
+    A copy of the model copies its route once: the copy's layers share the copy.
+    """
+
+    def __init__(self) -> None:
+        self.active: dict[str, float] = {}
+        """What the user chose, by key."""
+        self.live: dict[str, float] = {}
+        """What the hooks add: `active`, or nothing while disabled or merged."""
+
+
+class Deltas(nn.Module):
+    """The adapters of one layer, by key; a child of that layer."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        self.route = route
+        self.handle: RemovableHandle | None = None
+
+    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return y plus every live delta.
+
+        Args:
+            layer: the adapted layer, which must not be called from here.
+            x: its input, [..., in].
+            y: its own output, [..., out].
+        """
+        for key, weight in self.route.live.items():
+            delta = self._modules.get(key)
+            if delta is not None:
+                y = delta(x, y, layer, weight)
+        return y
+
+    def put(self, key: str, delta: nn.Module) -> None:
+        """Register a delta; it takes over this module's training flag."""
+        # not add_module: it refuses names that are attributes, which escaped keys never are, and dots, which they lack
+        self._modules[key] = delta.train(self.training)
+
+
+def add_deltas(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+    """The forward hook of every adapted layer (a module-level function, so that models stay picklable)."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    return cast(Tensor, layer.lora(layer, x, y))  # type: ignore[operator]
+
+
+def deltas_of(layer: nn.Module) -> Deltas | None:
+    """Return the layer's `lora` child, or None where the layer is not adapted."""
+    child = layer._modules.get(CHILD)
+    return child if isinstance(child, Deltas) else None
+
+
+def open_layer(layer: nn.Module, route: Route) -> Deltas:
+    """Return the layer's `lora` child, made and hooked on first use."""
+    deltas = deltas_of(layer)
+    if deltas is None:
+        deltas = Deltas(route)
+        deltas.train(layer.training)
+        layer.add_module(CHILD, deltas)
+        # the handle is kept inside the model: unpickling it reserves its id, so that later hooks do not overwrite ours
+        deltas.handle = layer.register_forward_hook(add_deltas, with_kwargs=True)
+    return deltas
+
+
+def close_layer(layer: nn.Module) -> None:
+    """Remove the layer's `lora` child and hook."""
+    deltas = deltas_of(layer)
+    if deltas is not None:
+        if deltas.handle is not None:
+            deltas.handle.remove()
+        delattr(layer, CHILD)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) for every module but ours, a shared module once under each of its paths."""
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        yield path, module
+        prefix = f"{path}." if path else ""
+        children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+        pending.extend((name, child) for name, child in reversed(children) if not isinstance(child, Deltas))
+
+
+def escape(name: str) -> str:
+    """Turn an adapter's name into a module key: no dots, and never the name of an attribute."""
+    key = name.replace("%", "%25").replace(".", "%2E")
+    return f"%{ord(key[0]):02X}{key[1:]}" if hasattr(Deltas, key) or key in _INSTANCE else key
+
+
+def unescape(key: str) -> str:
+    """Return the adapter name behind a module key."""
+    return unquote(key)
+
+
+_INSTANCE = frozenset(vars(Deltas(Route())))
