@@ -1,0 +1,142 @@
+"""Fields of PEFT's adapter_config.json: which are mapped, which are kept, which are refused and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sideroad.errors import did_you_mean
+
+MAPPED = frozenset({
+    "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "use_rslora",
+    "lora_dropout", "bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "init_lora_weights",
+})  # fmt: skip
+"""Fields that have a place in an `Adapter`."""
+
+HARMLESS: Mapping[str, Any] = {
+    "peft_version": None, "auto_mapping": None, "revision": None, "fan_in_fan_out": False, "runtime_config": None,
+    "megatron_config": None, "megatron_core": "megatron.core", "loftq_config": {}, "eva_config": None,
+    "corda_config": None, "lora_ga_config": None, "qalora_group_size": 16, "merge_weights": False,
+    "unsloth_fixed": None, "lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06,
+}  # fmt: skip
+"""Fields that do not change what a finished adapter computes → the value that need not be kept."""
+
+REFUSED: Mapping[str, str] = {
+    "use_dora": "DoRA, a learned magnitude per output",
+    "lora_bias": "a bias inside the pair",
+    "modules_to_save": "modules trained whole",
+    "trainable_token_indices": "trained rows of the embedding",
+    "target_parameters": "pairs on raw parameters such as experts",
+    "layer_replication": "layers stacked several times",
+    "alora_invocation_tokens": "activated LoRA, on from certain tokens only",
+    "use_qalora": "QA-LoRA, inputs pooled in groups",
+    "use_bdlora": "block-diagonal factors",
+    "arrow_config": "Arrow, routing of tokens over several adapters",
+    "velora_config": "VeLoRA, compressed activations",
+    "kasa_config": "KaSA, which rewrites the base",
+    "monteclora_config": "MonteCLoRA, random factors",
+    "enable_lora": "pairs on parts of a fused layer (very old files)",
+}
+"""Fields that change the mathematics when set → what they are."""
+
+TYPES_REFUSED: Mapping[str, str] = {
+    "ADALORA": "pairs with singular values", "LOHA": "Hadamard products", "LOKR": "Kronecker products",
+    "IA3": "rescaled activations", "PREFIX_TUNING": "a trained prefix", "PROMPT_TUNING": "a soft prompt",
+    "P_TUNING": "a soft prompt", "VERA": "shared random factors", "OFT": "orthogonal rotations",
+    "BOFT": "orthogonal rotations", "XLORA": "a mixture of adapters", "LN_TUNING": "trained norms",
+}  # fmt: skip
+
+_INITS_HARMLESS = ("gaussian", "eva", "orthogonal", "mica")
+_INITS_REFUSED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def sift(
+    fields: Mapping[str, Any], allow_unknown: tuple[str, ...] = (), *, source: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Tell the fields to keep as they are from those that cannot be honoured.
+
+    Args:
+        fields: the whole file.
+        allow_unknown: names of unknown fields to keep though they are set.
+        source: the file, for messages.
+    Returns:
+        The harmless fields that say something, and one finding for each field refused.
+    """
+    kept: dict[str, Any] = {}
+    findings = _type_findings(fields, source)
+    known = {*MAPPED, *HARMLESS, *REFUSED, "ensure_weight_tying"}
+    for name, value in fields.items():
+        if name in MAPPED:
+            continue
+        if name in REFUSED:
+            if value or (name == "alora_invocation_tokens" and value is not None):
+                findings.append(
+                    f"{source}: {name} is set ({_shown(value)}): {REFUSED[name]}. That changes what the adapter "
+                    "computes and is not supported yet"
+                )
+        elif name == "ensure_weight_tying":
+            if value and name not in allow_unknown:
+                findings.append(
+                    f"{source}: ensure_weight_tying is set: adapters of a tied embedding and head are one. That is "
+                    f"not supported yet; if neither is adapted, {_allow(name)}"
+                )
+            elif value:
+                kept[name] = value
+        elif name in HARMLESS:
+            if value != HARMLESS[name] and value is not None:
+                kept[name] = value
+        elif value and name not in allow_unknown:
+            findings.append(
+                f"{source}: unknown field {name} is set ({_shown(value)}); it may change what the adapter computes."
+                f"{did_you_mean(name, known)} If it does not, {_allow(name)}"
+            )
+        else:
+            kept[name] = value
+    return kept, findings
+
+
+def init_of(fields: Mapping[str, Any], kept: dict[str, Any], source: str) -> tuple[str, list[str]]:
+    """Return our name of the initialisation; one that changed the base is refused, others are noted in `kept`."""
+    value = fields.get("init_lora_weights", True)
+    if value is True or value is None:
+        return "kaiming", []
+    if value is False or (isinstance(value, str) and value.lower() in _INITS_HARMLESS):
+        if value != "gaussian":
+            kept["init_lora_weights"] = value
+        return ("gaussian" if value == "gaussian" else "kaiming"), []
+    if isinstance(value, str) and value.lower().startswith(_INITS_REFUSED):
+        return "kaiming", [
+            f'{source}: init_lora_weights is "{value}": that start rewrote the base model, so these tensors belong to '
+            "a base that is not the published one. Save the adapter again with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=<its first state>), which converts it "
+            "(not possible for loftq)"
+        ]
+    allowed = ("true", "false", *_INITS_HARMLESS)
+    hint = did_you_mean(str(value), (*allowed, *_INITS_REFUSED))
+    return "kaiming", [
+        f"{source}: init_lora_weights is {_shown(value)}, which is not known.{hint} Known: {', '.join(allowed)}"
+    ]
+
+
+def _type_findings(fields: Mapping[str, Any], source: str) -> list[str]:
+    kind = fields.get("peft_type", "LORA" if "r" in fields else None)
+    if kind == "LORA":
+        return []
+    if kind is None:
+        return [f'{source} has no peft_type, so it is not the configuration of a PEFT adapter; expected "LORA"']
+    what = TYPES_REFUSED.get(kind, "") if isinstance(kind, str) else ""
+    hint = did_you_mean(str(kind), ["LORA"])
+    return [
+        f"{source}: peft_type is {_shown(kind)}{f' ({what})' if what else ''}; only LORA files are read, other kinds "
+        f"are not supported yet.{hint}"
+    ]
+
+
+def _allow(name: str) -> str:
+    return f'keep it with Adapter.load(path, allow_unknown=("{name}",))'
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

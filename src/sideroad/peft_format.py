@@ -1,0 +1,218 @@
+"""PEFT's adapter_config.json to an `AdapterConfig` and back."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from sideroad.config import AdapterConfig
+from sideroad.peft_fields import init_of, sift
+from sideroad.peft_targets import (
+    is_target,
+    our_patterns,
+    our_targets,
+    plain_number,
+    their_patterns,
+    their_targets,
+    their_value,
+)
+from sideroad.targets import alpha_of
+
+_BIASES = {"none": "none", "lora_only": "adapted", "all": "all"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an adapter_config.json says, in our words."""
+
+    config: AdapterConfig = field(default_factory=AdapterConfig)
+    task_type: str | None = None
+    base_name: str | None = None
+    foreign: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
+    """Everything that forbids using it; the configuration is then a default one."""
+
+
+def read_config(
+    fields: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    *,
+    stored_float32: bool = True,
+    allow_unknown: tuple[str, ...] = (),
+    source: str = "adapter_config.json",
+) -> Reading:
+    """Map the fields of an adapter_config.json of any PEFT version.
+
+    Args:
+        fields: the file's object.
+        ranks: module path → rank of its tensors; patterns are checked against them.
+        stored_float32: the tensors are stored in float32.
+        allow_unknown: unknown fields to keep although they are set.
+        source: named in the findings.
+    """
+    kept, findings = sift(fields, allow_unknown, source=source)
+    init, trouble = init_of(fields, kept, source)
+    numbers = _Numbers(fields, source)
+    rank = numbers.whole("r", 8)
+    alpha = numbers.real("lora_alpha", 8, above=True)
+    dropout = numbers.real("lora_dropout", 0.0)
+    rank_pattern, alpha_pattern = numbers.patterns("rank_pattern"), numbers.patterns("alpha_pattern")
+    bias = fields.get("bias", "none") or "none"
+    if bias not in _BIASES:
+        numbers.findings.append(f"{source}: bias is {bias!r}; allowed: none, lora_only, all")
+    task, base = (fields.get(name) for name in ("task_type", "base_model_name_or_path"))
+    numbers.findings += [
+        f"{source}: {name} is {value!r}; expected a string or null"
+        for name, value in (("task_type", task), ("base_model_name_or_path", base))
+        if not isinstance(value, str | None)
+    ]
+    findings += [*trouble, *numbers.findings, *_target_findings(fields, source)]
+    if not findings:
+        findings += _fit_findings(fields, ranks, rank, rank_pattern, source)
+    if findings:
+        return Reading(findings=tuple(findings))
+    try:
+        config = AdapterConfig.model_validate({
+            **our_targets(fields, list(ranks)),
+            "method": {
+                "kind": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "init": init,
+                "scaling": "alpha/sqrt(r)" if fields.get("use_rslora") else "alpha/r",
+            },
+            "rank_pattern": our_patterns(rank_pattern, list(ranks)),
+            "alpha_pattern": our_patterns(alpha_pattern, list(ranks)),
+            "bias": _BIASES[bias],
+            "dtype": "float32" if stored_float32 else "base",
+        })  # fmt: skip
+    except ValidationError as error:
+        wrong = tuple(f"{source}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return Reading(findings=wrong)
+    return Reading(config, task, base, kept)
+
+
+def write_config(
+    config: AdapterConfig,
+    ranks: Mapping[str, int],
+    *,
+    task_type: str | None,
+    base_name: str | None,
+    foreign: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the smallest adapter_config.json that PEFT reads as exactly this adapter.
+
+    Args:
+        ranks: module path → rank of its tensors. `r` and `rank_pattern` come from them, whatever `config` says.
+    """
+    paths = list(ranks)
+    rank = config.method.rank
+    if not any(value == rank for value in ranks.values()):
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+    method = config.method
+    alphas = {path: alpha_of(config, path) for path in paths}
+    fields: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": plain_number(method.alpha),
+        "lora_dropout": method.dropout,
+        "use_rslora": method.scaling == "alpha/sqrt(r)",
+        "bias": next(theirs for theirs, ours in _BIASES.items() if ours == config.bias),
+        "rank_pattern": their_patterns(config.rank_pattern, ranks, rank),
+        "alpha_pattern": their_patterns(config.alpha_pattern, alphas, method.alpha),
+        "init_lora_weights": "gaussian" if method.init == "gaussian" else None,
+        **their_targets(config, paths),
+    }
+    always = {
+        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_name, "inference_mode": True,
+        "r": rank, "lora_alpha": fields["lora_alpha"], "target_modules": fields["target_modules"],
+    }  # fmt: skip
+    defaults: tuple[Any, ...] = (None, False, 0.0, "none", {})
+    return {**foreign, **{k: v for k, v in fields.items() if v not in defaults}, **always}
+
+
+def _target_findings(fields: Mapping[str, Any], source: str) -> list[str]:
+    findings = []
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = fields.get(name)
+        if not (value is None or isinstance(value, str) or _all(value, str)):
+            findings.append(f"{source}: {name} is {value!r}; expected a list of names, a string or null")
+        elif name != "layers_pattern" and isinstance(value, str):
+            findings += _regex_finding(value, f"{source}: {name}")
+        elif name == "layers_pattern":
+            for item in [value] if isinstance(value, str) else value or []:
+                findings += _regex_finding(item, f"{source}: {name}")
+    layers = fields.get("layers_to_transform")
+    if not (layers is None or type(layers) is int or _all(layers, int)):
+        findings.append(f"{source}: layers_to_transform is {layers!r}; expected a list of whole numbers or null")
+    return findings
+
+
+def _fit_findings(
+    fields: Mapping[str, Any], ranks: Mapping[str, int], rank: int, pattern: Mapping[str, int], source: str
+) -> list[str]:
+    findings = []
+    for path, found in ranks.items():
+        said = their_value(pattern, path, rank)
+        if said != found:
+            findings.append(
+                f"{path}: its tensors have rank {found} but {source} says {said} (r, rank_pattern); the scale would be "
+                "wrong. Correct the configuration or fetch the matching pair of files"
+            )
+    strays = [path for path in ranks if not is_target(fields, path)]
+    if strays:
+        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+        findings.append(
+            f"{source}: target_modules {fields.get('target_modules')!r}, with exclude_modules and layers_to_transform, "
+            f"do not cover modules that have tensors: {', '.join(strays[:3])}{more}. PEFT would skip them silently; "
+            "add them to target_modules or remove their tensors"
+        )
+    return findings
+
+
+class _Numbers:
+    """Reads numbers out of a configuration and collects what is wrong with them."""
+
+    def __init__(self, fields: Mapping[str, Any], source: str) -> None:
+        self.fields, self.source, self.findings = fields, source, list[str]()
+
+    def whole(self, name: str, default: int) -> int:
+        value = self.fields.get(name, default)
+        return int(value) if self._check(name, value, whole=True, above=True) else default
+
+    def real(self, name: str, default: float, *, above: bool = False) -> float:
+        value = self.fields.get(name, default)
+        return float(value) if self._check(name, value, whole=False, above=above) else default
+
+    def patterns(self, name: str) -> dict[str, Any]:
+        found = self.fields.get(name) or {}
+        if not isinstance(found, dict):
+            self.findings.append(f"{self.source}: {name} is {found!r}; expected a mapping of names to numbers")
+            return {}
+        for key, value in found.items():
+            self._check(f"{name}[{key!r}]", value, whole=name == "rank_pattern", above=True)
+            self.findings += _regex_finding(key, f"{self.source}: {name}")
+        return dict(found)
+
+    def _check(self, name: str, value: Any, *, whole: bool, above: bool) -> bool:
+        right = type(value) is int or (not whole and type(value) is float and math.isfinite(value))
+        right = right and (value >= 1 if whole else value > 0 if above else 0 <= value < 1)
+        if not right:
+            need = "a whole number of at least 1" if whole else "a number above 0" if above else "0 or more, below 1"
+            self.findings.append(f"{self.source}: {name} is {value!r}; expected {need}")
+        return right
+
+
+def _regex_finding(pattern: str, where: str) -> list[str]:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return [f"{where}: {pattern!r} is not a valid regular expression ({error})"]
+    return []
+
+
+def _all(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)

@@ -1,0 +1,182 @@
+"""PEFT's rules for targets and patterns, and their translation to ours and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sideroad.config import AdapterConfig
+from sideroad.targets import is_name
+
+_PLAIN = re.compile(r"[\w-]+(?:\.[\w-]+)*")
+_SUFFIX = r"re:(.*\.)?"
+
+
+def their_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Return what PEFT's `rank_pattern` or `alpha_pattern` gives a module: the first key that ends its path."""
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
+    return next(found, default)
+
+
+def is_target(fields: Mapping[str, Any], path: str) -> bool:
+    """PEFT's rule: does a configuration adapt the module at this path?"""
+    excluded, wanted = fields.get("exclude_modules"), fields.get("target_modules")
+    if excluded and _listed(excluded, path):
+        return False
+    if not wanted or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
+        return True
+    if isinstance(wanted, str) or path in wanted:
+        return _listed(wanted, path)
+    return _listed(wanted, path) and _in_layers(fields, path)
+
+
+def _listed(entries: str | list[str], path: str) -> bool:
+    if isinstance(entries, str):
+        return re.fullmatch(entries, path) is not None
+    return any(path == entry or path.endswith(f".{entry}") for entry in entries)
+
+
+def _in_layers(fields: Mapping[str, Any], path: str) -> bool:
+    layers = fields.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    names = fields.get("layers_pattern") or [r"[^.]*"]
+    start = r"(?:^|.*?\.)" if fields.get("layers_pattern") else r".*?\."
+    for name in [names] if isinstance(names, str) else names:
+        found = re.match(rf"{start}{name}\.(?P<index>\d+)\.", path)
+        if found:
+            return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def our_targets(fields: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """Return targets, exclude, layers and layers_pattern of an `AdapterConfig`.
+
+    Args:
+        paths: the modules that have tensors; they are named one by one where our language cannot say the same.
+    """
+    wanted, excluded = fields.get("target_modules"), fields.get("exclude_modules") or []
+    layers, names = fields.get("layers_to_transform"), fields.get("layers_pattern") or []
+    layers = [layers] if isinstance(layers, int) else layers or None
+    names = [names] if isinstance(names, str) else names
+    exact: dict[str, Any] = {"targets": [_our_name(path) for path in paths]}
+    whole = isinstance(wanted, str) and wanted.lower() == "all-linear"
+    limited = layers is not None
+    if not wanted or (limited and (isinstance(wanted, str) or set(wanted) & set(paths))):
+        return exact
+    if limited and (len(names) > 1 or any(not _PLAIN.fullmatch(name) for name in names)):
+        return exact
+    if isinstance(wanted, str):
+        targets: str | list[str] = "all-linear" if whole else f"re:{wanted}"
+    else:
+        targets = [_our_name(name) for name in wanted if name.strip()]
+    return {
+        "targets": targets or exact["targets"],
+        "exclude": [f"re:{excluded}"] if isinstance(excluded, str) else [_our_name(e) for e in excluded if e.strip()],
+        "layers": layers,
+        "layers_pattern": names[0] if names and limited else None,
+    }
+
+
+def their_targets(config: AdapterConfig, paths: list[str]) -> dict[str, Any]:
+    """Say the same in PEFT's language where it can, else name every module."""
+    targets = [config.targets] if isinstance(config.targets, str) else list(config.targets)
+    fields: dict[str, Any] = {}
+    names = [_their_name(target) for target in targets]
+    if targets == ["all-linear"]:
+        fields["target_modules"] = None if config.layers is not None else _covering_names(paths)
+    elif all(names):
+        fields["target_modules"] = names
+    elif len(targets) == 1 and targets[0].startswith("re:") and config.layers is None:
+        fields["target_modules"] = targets[0].removeprefix("re:")
+    excluded = [_their_name(pattern) for pattern in config.exclude]
+    if config.exclude:
+        one = config.exclude[0].removeprefix("re:") if len(excluded) == 1 else None
+        fields["exclude_modules"] = excluded if all(excluded) else one
+        # A glob is neither a name nor a regular expression; a list of names cannot hold one.
+        if not all(excluded) and not (one and config.exclude[0].startswith("re:")):
+            fields["target_modules"] = None
+        if targets == ["all-linear"]:
+            fields["target_modules"] = None
+    if isinstance(config.layers, str):
+        fields["target_modules"] = None
+    elif config.layers is not None:
+        fields |= {"layers_to_transform": list(config.layers), "layers_pattern": config.layers_pattern}
+    if fields.get("target_modules") and all(is_target(fields, path) for path in paths):
+        return fields
+    return {"target_modules": paths}
+
+
+def _covering_names(paths: list[str]) -> list[str]:
+    """Return last names that stand for all linear layers; with several stacks of blocks, the last two names.
+
+    In a model of several towers a last name such as `proj` may also be a convolution's; its parent tells them apart.
+    """
+    stacks = {re.split(r"\.\d+(?=\.)", path)[0] for path in paths if re.search(r"\.\d+\.", path)}
+    kept = 1 if len(stacks) == 1 else 2
+    names = {".".join(path.split(".")[-kept:]): path for path in paths}
+    numbered = any(part.isdecimal() for name in names for part in name.split("."))
+    return list(paths) if numbered else sorted(names)
+
+
+def _our_name(name: str) -> str:
+    special = name.startswith("re:") or name == "all-linear" or any(mark in name for mark in "*?[]!")
+    return _SUFFIX + re.escape(name) if special else name
+
+
+def _their_name(pattern: str) -> str | None:
+    """Return the plain name a pattern of ours is, or None."""
+    if pattern.startswith(_SUFFIX):
+        escaped = pattern.removeprefix(_SUFFIX)
+        name = re.sub(r"\\(.)", r"\1", escaped)
+        return name if re.escape(name) == escaped else None
+    return pattern if pattern != "all-linear" and is_name(pattern) else None
+
+
+def our_patterns(patterns: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """Return PEFT's pattern keys as patterns of ours that match the same modules, in the same order."""
+    ours = {}
+    for key, value in patterns.items():
+        regex = re.compile(rf"(.*\.)?({key})$")
+        # PEFT's dot matches any character; where that makes no difference the plain name is kept.
+        same = all(bool(regex.match(path)) == _listed([key], path) for path in paths)
+        ours[key if _PLAIN.fullmatch(key) and same else f"{_SUFFIX}({key})"] = value
+    return ours
+
+
+def their_patterns(patterns: Mapping[str, Any], wanted: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return PEFT keys that give every module its value, in whatever order a reader sorts them."""
+    said = {_pattern_key(key): plain_number(value) for key, value in patterns.items()}
+    if _agree(said, wanted, default):
+        return said
+    special = {path: value for path, value in wanted.items() if value != default}
+    by_name: dict[str, set[Any]] = {}
+    for path, value in wanted.items():
+        by_name.setdefault(path.rpartition(".")[2], set()).add(value)
+    short = {
+        name if len(by_name[name := path.rpartition(".")[2]]) == 1 else path: plain_number(value)
+        for path, value in special.items()
+    }
+    if _agree(short, wanted, default):
+        return short
+    return {re.escape(path): plain_number(value) for path, value in special.items()}
+
+
+def _agree(patterns: Mapping[str, Any], wanted: Mapping[str, Any], default: Any) -> bool:
+    ordered = dict(sorted(patterns.items()))
+    try:
+        return all(their_value(order, p, default) == v for p, v in wanted.items() for order in (patterns, ordered))
+    except re.error:
+        return False
+
+
+def _pattern_key(pattern: str) -> str:
+    if pattern.startswith(f"{_SUFFIX}(") and pattern.endswith(")"):
+        return pattern.removeprefix(f"{_SUFFIX}(").removesuffix(")")
+    return pattern.removeprefix("re:")
+
+
+def plain_number(value: Any) -> Any:
+    """Return a whole number as an int, which is what PEFT's annotations promise."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
