@@ -131,14 +131,4 @@ class Finished:
     result: Result
 
 
-Event = (
-    Note
-    | Fetching
-    | Planned
-    | StepDone
-    | Validated
-    | Checkpointed
-    | StoppedEarly
-    | Evaluating
-    | Finished
-)
+Event = Note | Fetching | Planned | StepDone | Validated | Checkpointed | StoppedEarly | Evaluating | Finished

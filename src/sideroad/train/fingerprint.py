@@ -1,0 +1,49 @@
+"""What a run's result depends on, as plain values that can be compared key by key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sideroad.train.recipe import Recipe
+
+_IGNORED = ("base.model", "base.device", "data.train", "data.validation", "data.chat_template", "evaluate")
+_IGNORED_IN_TRAIN = ("train.keep_checkpoints", "train.trackers")
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's keys that must be equal for a run to go on.
+
+    Left out is what may change (trackers, scores, the device, which is compared as part of the environment) and what
+    is compared by content instead of by name (the base's weights, the tokens).
+    """
+    values = recipe.model_dump(mode="json")
+    for path in (*_IGNORED, *_IGNORED_IN_TRAIN):
+        *parents, key = path.split(".")
+        section = values
+        for part in parents:
+            section = section[part]
+        del section[key]
+    return values
+
+
+def fingerprint(recipe: Recipe, *, base: str, train: str, validation: str | None) -> dict[str, Any]:
+    """Recipe, base and data of a run.
+
+    Args:
+        base: sha256 of the base's weights; `train` and `validation` are those of the tokens and their marks.
+    """
+    return {"recipe": recipe_values(recipe), "base": base, "data": {"train": train, "validation": validation}}
+
+
+def differing(stored: Any, current: Any, path: str = "") -> list[str]:
+    """One line per value that differs between two fingerprints, by dotted path."""
+    if isinstance(stored, Mapping) and isinstance(current, Mapping):
+        keys = sorted(stored.keys() | current.keys())
+        return [
+            line for key in keys for line in differing(stored.get(key), current.get(key), f"{path}.{key}".strip("."))
+        ]
+    if stored == current:
+        return []
+    return [f"{path}: {json.dumps(stored)} in that run, {json.dumps(current)} now"]

@@ -1,0 +1,96 @@
+"""AdamW over an adapter's parameters: who is in which group, and its state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from sideroad.errors import CheckpointError
+from sideroad.train.settings import OptimConfig
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def build(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> AdamW:
+    """AdamW with up to three groups, each with its peak rate under `peak`:
+
+        A and the like   lr                  weight decay
+        B                lr * lr_ratio_b     weight decay        LoRA+, Hayou et al. 2024, arXiv:2402.12354, eq. 6
+        bias             lr                  none
+
+    Args:
+        parameters: trainable ones; the last part of the dotted name (`A`, `B`, `bias`) chooses the group.
+    """
+    members: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "bias": []}
+    for name, parameter in parameters.items():
+        kind = name.rpartition(".")[2]
+        members[kind if kind in members else "A"].append(parameter)
+    rates = {"A": config.lr, "B": config.lr * config.lr_ratio_b, "bias": config.lr}
+    groups = [
+        {
+            "params": members[kind],
+            "kind": kind,
+            "peak": rate,
+            "lr": rate,
+            "weight_decay": 0.0 if kind == "bias" else config.weight_decay,
+        }
+        for kind, rate in rates.items()
+        if members[kind]
+    ]
+    on_cuda = all(parameter.is_cuda for parameter in parameters.values())
+    return AdamW(groups, betas=config.betas, eps=config.eps, fused=True if on_cuda else None, foreach=None)
+
+
+def set_rate(optimizer: AdamW, factor: float) -> float:
+    """Set every group to `factor` times its peak; returns the first group's rate, which is A's where there is one."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def state_tensors(optimizer: AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """AdamW's state as "<parameter>/<name>" → tensor; empty before the first step."""
+    return {
+        f"{name}/{moment}": optimizer.state[parameter][moment].detach().clone()
+        for name, parameter in parameters.items()
+        if parameter in optimizer.state
+        for moment in _MOMENTS
+    }
+
+
+def load_state(optimizer: AdamW, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `state_tensors` gave.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape; the optimizer is then as it was.
+    """
+    if not tensors:
+        return
+    wanted = {f"{name}/{moment}" for name in parameters for moment in _MOMENTS}
+    wrong = [f"missing {key}" for key in sorted(wanted - tensors.keys())]
+    wrong += [f"unknown {key}" for key in sorted(tensors.keys() - wanted)]
+    wrong += [
+        f"{name}/exp_avg has shape {list(tensors[f'{name}/exp_avg'].shape)}, the parameter {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if f"{name}/exp_avg" in tensors and tensors[f"{name}/exp_avg"].shape != parameter.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"the checkpoint's optimizer state does not fit this adapter: {'; '.join(wrong[:8])}")
+    names = {parameter: name for name, parameter in parameters.items()}
+    saved: dict[str, Any] = optimizer.state_dict()
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved["state"] = {
+        index: {moment: tensors[f"{names[parameter]}/{moment}"].clone() for moment in _MOMENTS}
+        for index, parameter in enumerate(ordered)
+    }
+    optimizer.load_state_dict(saved)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """2-norm over the gradients of all `parameters`, an fp32 scalar on their device; non-finite if any element is."""
+    gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,169 @@
+"""One run, from a recipe to an adapter on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sideroad.errors import CheckpointError
+from sideroad.kernels.isolation import packing
+from sideroad.train import checkpoint, optimizer
+from sideroad.train.environment import differences
+from sideroad.train.events import Event, Finished, Note, Planned, Result
+from sideroad.train.fingerprint import differing, recipe_values
+from sideroad.train.finish import finish, read_result
+from sideroad.train.interrupts import Interrupted
+from sideroad.train.loop import Loop
+from sideroad.train.progress import Progress
+from sideroad.train.recipe import Recipe, dump_recipe, load_recipe
+from sideroad.train.run_directory import RunDirectory, to_json, write_atomically
+from sideroad.train.seeds import derive
+from sideroad.train.setup import NAME, Setup, prepare
+from sideroad.train.steps import LARGEST_SCALE, Stepper
+from sideroad.train.trackers import check_installed, open_trackers
+from sideroad.train.watchdog import Watchdog
+
+Emit = Callable[[Event], None]
+
+
+def train(
+    recipe: Recipe,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    offline: bool = False,
+    on_event: Emit | None = None,
+) -> Result:
+    """Train an adapter as `recipe` says and leave everything about it in the directory `run`.
+
+    The base's weights are never changed, and the caller's random state is as it was. The model is in train mode while
+    training, so dropout of the base's own (GPT-2 has some) acts besides the adapter's, as in other trainers.
+
+    Args:
+        resume: go on from the newest checkpoint in `run`; on a CPU the result then equals, bit for bit, that of a run
+            never stopped. Without a checkpoint it starts from the beginning; a finished run gives its result.
+        offline: never use the network.
+        on_event: receives every event; an exception it raises ends the run, which stays resumable.
+    Raises:
+        ConfigError, DataError, BaseModelError, TargetError: before anything is written.
+        CheckpointError: `run` is in use, holds another run, or its newest checkpoint is torn or foreign.
+        TrainingError: the run cannot go on; the last good checkpoint is intact.
+        Interrupted: Ctrl-C (a KeyboardInterrupt); a checkpoint of the last complete step was written.
+    """
+    emit = on_event or _ignore
+    place = RunDirectory(Path(run))
+    check_installed(recipe.train.trackers)
+    with ExitStack() as stack:
+        stack.enter_context(place.held(resume=resume))
+        if resume and (result := _finished(place, recipe)):
+            emit(Note(f"this run is finished; its adapter is in {result.adapter}"))
+            emit(Finished(result))
+            return result
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        checkpoint.clean(place.checkpoints)
+        begun = resume and bool(checkpoint.listed(place.checkpoints))
+        recorded = place.read_json(place.environment) if begun else None
+        setup = prepare(recipe, recorded, offline=offline, emit=emit)
+        stack.enter_context(packing(setup.base.model, setup.route))
+        if resume and not begun:
+            emit(Note(f"{place.path} has no checkpoint yet; starting from the beginning"))
+        loop = _loop(place, recipe, setup, emit, stack, begun=begun)
+        _record_start(place, recipe, setup, recorded, emit)
+        try:
+            loop.go()
+            result = finish(place, recipe, setup, loop, emit)
+        except KeyboardInterrupt as interrupt:
+            path = loop.save()
+            raise Interrupted(place.path, loop.progress.step, path) from interrupt
+        emit(Finished(result))
+        return result
+
+
+def _ignore(event: Event) -> None:
+    pass
+
+
+def _finished(place: RunDirectory, recipe: Recipe) -> Result | None:
+    result = read_result(place)
+    if result is None:
+        return None
+    changed = differing(recipe_values(load_recipe(place.recipe)), recipe_values(recipe), "recipe")
+    if changed:
+        listing = "".join(f"\n  - {line}" for line in changed)
+        raise CheckpointError(
+            f"the run in {place.path} is finished, and the recipe has changed since:{listing}\n"
+            "Start anew in another --run."
+        )
+    return result
+
+
+def _record_start(
+    place: RunDirectory, recipe: Recipe, setup: Setup, recorded: dict[str, object] | None, emit: Emit
+) -> None:
+    """Write recipe.yaml, and env.json at the beginning; on a resume, tell what about the machine has changed."""
+    write_atomically(place.recipe, dump_recipe(recipe))
+    if recorded is None:
+        write_atomically(place.environment, to_json(setup.environment) + "\n")
+        return
+    for line in differences(recorded, setup.environment):
+        emit(Note(f"not the environment this run began in: {line}; the result may differ in its last bits"))
+
+
+def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: ExitStack, *, begun: bool) -> Loop:
+    model, parameters = setup.base.model, setup.attached.parameters(NAME)
+    plan = list(setup.order.steps(recipe.train))
+    watchdog = Watchdog(setup.vocabulary, setup.environment["dtype"], parameters)
+    seed = derive(recipe.seed, "dropout")
+    stepper = Stepper(model, parameters, recipe.optim, watchdog, steps=len(plan), seed=seed)
+    restored = _restore(place, setup, stepper, watchdog, emit) if begun else None
+    fresh = Progress(loss_scale=LARGEST_SCALE if setup.base.dtype == torch.float16 else 1.0)
+    progress = restored or fresh
+    place.cut_metrics(progress.step, validated=progress.validated)
+    examples = setup.material.examples
+    emit(
+        Planned(
+            steps=len(plan),
+            start=progress.step,
+            epochs=recipe.train.epochs,
+            examples=len(examples),
+            validation_examples=len(setup.material.validation_examples),
+            tokens=sum(len(examples[index].ids) for step in plan for batch in step for index in batch),
+            trained_tokens=sum(examples[index].trained_tokens for step in plan for batch in step for index in batch),
+            packed=setup.material.packed,
+            trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),
+            device=setup.environment["device"],
+            dtype=setup.environment["dtype"],
+        )
+    )
+    trackers = open_trackers(recipe.train.trackers, place.path, recipe.model_dump(mode="json"), progress.step)
+    for tracker in trackers:
+        stack.callback(tracker.close)
+    return Loop(
+        place,
+        setup.material,
+        stepper,
+        watchdog,
+        recipe.train,
+        progress,
+        steps=len(plan),
+        restored=restored is not None,
+        emit=emit,
+        trackers=trackers,
+    )
+
+
+def _restore(place: RunDirectory, setup: Setup, stepper: Stepper, watchdog: Watchdog, emit: Emit) -> Progress:
+    """Put the newest checkpoint into the model and the optimizer."""
+    found = checkpoint.read(checkpoint.listed(place.checkpoints)[-1], setup.material.fingerprint)
+    setup.attached.load(NAME, found.adapter)
+    optimizer.load_state(stepper.optimizer, setup.attached.parameters(NAME), found.optimizer)
+    watchdog.last_good = found.path
+    best = found.progress.best_step
+    if best is not None and not (place.checkpoints / checkpoint.name_of(best)).is_dir():
+        emit(Note(f"the best checkpoint, {checkpoint.name_of(best)}, is gone; the best is looked for anew from here"))
+        return replace(found.progress, best_step=None, best_loss=None, waiting=0)
+    return found.progress

@@ -1,0 +1,170 @@
+"""Everything a run needs before its first step: base, data, adapter, packing, order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sideroad.adapter import Adapter, BaseRecord
+from sideroad.attach import Attached, attach
+from sideroad.base.loading import Base, load_base
+from sideroad.base.progress import Progress as Arriving
+from sideroad.data.batches import plan_epoch
+from sideroad.data.dataset import Loaded, load_data
+from sideroad.data.findings import refuse
+from sideroad.errors import ConfigError, TrainingError
+from sideroad.kernels.isolation import PackingRoute, choose_route
+from sideroad.train.environment import describe
+from sideroad.train.events import Event, Fetching, Note
+from sideroad.train.fingerprint import fingerprint
+from sideroad.train.loop import Material
+from sideroad.train.order import Order
+from sideroad.train.recipe import Recipe
+from sideroad.train.seeds import derive
+
+Emit = Callable[[Event], None]
+
+NAME = "default"
+"""The adapter's name on the model while it trains."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run ready to begin. `vocabulary` is the number of logits the model gives; `environment` goes into env.json."""
+
+    base: Base
+    data: Loaded
+    attached: Attached
+    route: PackingRoute
+    order: Order
+    material: Material
+    vocabulary: int
+    environment: Mapping[str, Any]
+
+
+def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool, emit: Emit) -> Setup:
+    """Load the base and the data, check both, attach a fresh adapter, and decide about packing.
+
+    Args:
+        recorded: env.json of the run being resumed, whose probed dtype is used again; None for a new run.
+    """
+    base = _load_base(recipe, recorded, offline=offline, emit=emit)
+    data = _load_data(recipe, base, offline=offline, emit=emit)
+    attached = attach(base.model, recipe.adapter, NAME, seed=derive(recipe.seed, "init"), trainable=True)
+    if recipe.train.gradient_checkpointing:
+        _enable_checkpointing(base)
+    route = _choose_route(recipe, base, recorded, emit)
+    packed = route.isolates
+    examples = data.train.examples
+    validation = data.validation.examples if data.validation else ()
+    order = Order(
+        data.train.lengths,
+        recipe.optim,
+        seed=derive(recipe.seed, "data"),
+        packed=packed,
+    )
+    material = Material(
+        model=base.model,
+        parameters=attached.parameters(NAME),
+        snapshot=lambda: _snapshot(attached, base),
+        examples=examples,
+        validation_examples=validation,
+        order=order,
+        validation=_validation_plan(recipe, data, packed=packed),
+        packed=packed,
+        pad_id=base.tokenizer.pad_token_id,
+        device=base.device,
+        fingerprint=fingerprint(
+            recipe,
+            base=base.identity.sha256,
+            train=data.train.sha256,
+            validation=data.validation.sha256 if data.validation else None,
+        ),
+    )
+    environment = describe(
+        device=base.device,
+        dtype=base.dtype,
+        seed=recipe.seed,
+        packing={"route": route.kind, "reason": route.reason},
+        base=base.identity.to_json(),
+    )
+    return Setup(base, data, attached, route, order, material, _vocabulary(base), environment)
+
+
+def _load_base(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool, emit: Emit) -> Base:
+    def on_progress(report: Arriving) -> None:
+        if report.stage == "download":
+            emit(Fetching(report.subject, report.done, report.total))
+
+    dtype = getattr(torch, recorded["dtype"]) if recorded else None
+    base = load_base(recipe.base, offline=offline, dtype=dtype, on_progress=on_progress)
+    for note in base.notes:
+        emit(Note(note))
+    return base
+
+
+def _load_data(recipe: Recipe, base: Base, *, offline: bool, emit: Emit) -> Loaded:
+    longest = getattr(base.model.config, "max_position_embeddings", None)
+    data = load_data(recipe.data, base.tokenizer, root=Path.cwd(), offline=offline, max_positions=longest)
+    refuse(data.findings)
+    for finding in data.findings:
+        emit(Note(str(finding)))
+    return data
+
+
+def _validation_plan(recipe: Recipe, data: Loaded, *, packed: bool) -> list[tuple[int, ...]]:
+    """Micro-batches of the validation set, the same at every validation; empty without one."""
+    if data.validation is None:
+        return []
+    return plan_epoch(
+        data.validation.lengths,
+        batch_size=recipe.optim.batch_size,
+        max_tokens=recipe.optim.batch_tokens,
+        group_by_length=True,
+        padded=not packed,
+    )
+
+
+def _choose_route(recipe: Recipe, base: Base, recorded: Mapping[str, Any] | None, emit: Emit) -> PackingRoute:
+    """How packed rows run; kind `none` for padding. A resumed run keeps to padding if it began so."""
+    wanted = recipe.data.packing
+    if wanted == "off":
+        return PackingRoute("none", "data.packing is off")
+    before = recorded["packing"] if recorded else None
+    if before and before["route"] == "none":
+        return PackingRoute("none", before["reason"])
+    route = choose_route(base.model)
+    if route.isolates:
+        return route
+    if wanted == "on" or before:
+        raise TrainingError(
+            f"data.packing: {wanted} needs packed sequences kept apart, and here they are not: {route.reason}. "
+            "Set data.packing: off to pad instead."
+        )
+    emit(Note(f"not packing, examples are padded in groups of like length: {route.reason}"))
+    return route
+
+
+def _enable_checkpointing(base: Base) -> None:
+    if not getattr(base.model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"train.gradient_checkpointing: {type(base.model).__name__} cannot recompute its activations; "
+            "set it to false"
+        )
+    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _vocabulary(base: Base) -> int:
+    head = base.model.get_output_embeddings()
+    weight = head.weight if head is not None else base.model.get_input_embeddings().weight
+    return int(weight.shape[0])
+
+
+def _snapshot(attached: Attached, base: Base) -> Adapter:
+    identity = base.identity
+    record = BaseRecord(identity.name, identity.source, identity.sha256, identity.licence)
+    return replace(attached.adapter(NAME), base=record)
