@@ -64,14 +64,14 @@ def test_old_directory_comes_back_when_the_last_rename_fails(tmp_path: Path, mon
 
     monkeypatch.setattr(files, "_exchange", lambda draft, path: False)
     monkeypatch.setattr(files.os, "rename", rename)
-    with pytest.raises(CheckpointError, match="Permission denied.*Check the directory's permissions"):
+    with pytest.raises(CheckpointError, match=r"Permission denied.*Check the directory's permissions"):
         replace_directory(path, build, error=CheckpointError)
     assert (path / "a.txt").read_text() == "old"
     assert leftovers(tmp_path) == []
 
 
 def test_objections_files_and_links_are_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="is not replaced: it is precious. Choose another path"):
+    with pytest.raises(AdapterError, match=r"is not replaced: it is precious\. Choose another path"):
         replace_directory(old(tmp_path / "there"), build, objection=lambda path: "it is precious.")
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "there")
@@ -124,7 +124,7 @@ def test_json_is_strict(tmp_path: Path, text: str, words: str) -> None:
 
 def test_json_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'{"\xff": 1}')
-    with pytest.raises(AdapterError, match="is not valid JSON.*utf-8"):
+    with pytest.raises(AdapterError, match=r"is not valid JSON.*utf-8"):
         read_json(tmp_path / "a.json")
 
 

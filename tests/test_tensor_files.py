@@ -108,7 +108,7 @@ def test_all_broken_entries_are_listed(tmp_path: Path) -> None:
     [
         (b"", "holds 0 bytes, too few"),
         (b"\x01\0\0", "too few for a safetensors file. It is truncated"),
-        (struct.pack("<Q", 2**63), "gives? a header of 9223372036854775808 bytes|give a header"),
+        (struct.pack("<Q", 2**63), "give a header of 9223372036854775808 bytes"),
         (struct.pack("<Q", 5000) + b"{}", "its header alone needs 5008. It is truncated"),
         (b"PK\x03\x04" + bytes(40), "a zip archive, as torch.save writes"),
         (b"\x80\x02}q" + bytes(40), "a Python pickle"),
@@ -138,7 +138,7 @@ def test_link_out_of_the_directory_is_refused_but_not_a_hub_cache(tmp_path: Path
     write_tensors(outside, TENSORS)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/t.safetensors").symlink_to(outside)
-    with pytest.raises(AdapterError, match="symbolic link to .* outside its directory"):
+    with pytest.raises(AdapterError, match=r"symbolic link to .* outside its directory"):
         read_tensors(tmp_path / "adapter/t.safetensors")
     repository = tmp_path / "models--a--b"
     (repository / "blobs").mkdir(parents=True)
@@ -237,11 +237,13 @@ def test_random_bytes_never_crash(tmp_path: Path, content: bytes) -> None:
 @given(
     header=st.dictionaries(
         st.text(max_size=4),
-        st.fixed_dictionaries({
-            "dtype": st.sampled_from(["F32", "F16", "I64", "BOOL", 3, None, ["F32"]]),
-            "shape": st.lists(st.integers(-1, 2**70) | st.booleans() | st.none(), max_size=4),
-            "data_offsets": st.lists(st.integers(-1, 2**70), max_size=3),
-        }),
+        st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from(["F32", "F16", "I64", "BOOL", 3, None, ["F32"]]),
+                "shape": st.lists(st.integers(-1, 2**70) | st.booleans() | st.none(), max_size=4),
+                "data_offsets": st.lists(st.integers(-1, 2**70), max_size=3),
+            }
+        ),
         max_size=3,
     ),
     data=st.binary(max_size=64),

@@ -126,7 +126,7 @@ def _type_findings(fields: Mapping[str, Any], source: str) -> list[str]:
     if kind is None:
         return [f'{source} has no peft_type, so it is not the configuration of a PEFT adapter; expected "LORA"']
     what = TYPES_REFUSED.get(kind, "") if isinstance(kind, str) else ""
-    hint = did_you_mean(str(kind), ["LORA"])
+    hint = did_you_mean(str(kind).upper(), ["LORA"])
     return [
         f"{source}: peft_type is {_shown(kind)}{f' ({what})' if what else ''}; only LORA files are read, other kinds "
         f"are not supported yet.{hint}"

@@ -64,7 +64,7 @@ def read_config(
     dropout = numbers.real("lora_dropout", 0.0)
     rank_pattern, alpha_pattern = numbers.patterns("rank_pattern"), numbers.patterns("alpha_pattern")
     bias = fields.get("bias", "none") or "none"
-    if bias not in _BIASES:
+    if not isinstance(bias, str) or bias not in _BIASES:
         numbers.findings.append(f"{source}: bias is {bias!r}; allowed: none, lora_only, all")
     task, base = (fields.get(name) for name in ("task_type", "base_model_name_or_path"))
     numbers.findings += [
