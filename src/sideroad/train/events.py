@@ -102,11 +102,23 @@ class Evaluating:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """One validation question (as a person reads it), its reference, and what the base and the adapted model said."""
+
+    source: str
+    prompt: str
+    reference: str
+    base: str
+    adapted: str
+
+
+@dataclass(frozen=True)
 class Result:
     """What a finished run left behind.
 
     `kept` says which weights are in `adapter`: those of the last step or of the best validation; `kept_step` is theirs.
-    `scores` maps `base` and `adapted` to metric → value and is empty when nothing was evaluated.
+    `scores` maps `base` and `adapted` to metric → value, the loss first, and is empty without a validation set.
+    `loss` is the last step's; `seconds` are those of steps and validations.
     """
 
     run: Path
@@ -122,6 +134,7 @@ class Result:
     stopped_early: bool
     seconds: float
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    samples: tuple[Answers, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import sideroad
 from sideroad.errors import CheckpointError
+from sideroad.files import replace_file
 from sideroad.train import checkpoint
-from sideroad.train.events import Event, Kept, Result
+from sideroad.train.evaluation import Comparison, evaluate
+from sideroad.train.events import Answers, Evaluating, Event, Kept, Result
 from sideroad.train.loop import Loop
-from sideroad.train.recipe import Recipe
+from sideroad.train.recipe import Recipe, dump_recipe
+from sideroad.train.report import CardFacts, DataFile, loss_plot, model_card, samples_page
 from sideroad.train.run_directory import RunDirectory, finite_or_null, to_json, write_atomically
 from sideroad.train.setup import NAME, Setup
 
@@ -18,20 +24,55 @@ Emit = Callable[[Event], None]
 
 
 def finish(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop, emit: Emit) -> Result:
-    """Choose the weights to keep, write `adapter/`, score it, and mark the run finished with result.json.
+    """Choose the weights to keep, score them, write everything about them, and mark the run finished by result.json.
 
-    The adapter is on disk before anything is generated, so an interrupt while scoring loses only scores.
+    The adapter is on disk before anything is generated, so an interrupt while scoring loses only scores, and a resume
+    takes them again.
     """
+    _choose_weights(place, recipe, setup, loop)
+    result = _result(place, recipe, loop)
+    _save_adapter(recipe, setup, result, None)
+    comparison = _compare(recipe, setup, emit)
+    if comparison is not None:
+        result = replace(result, scores=_scores(comparison), samples=_samples(comparison))
+        if comparison.adapted.metrics:
+            scored = comparison.adapted
+            loop.record({"step": result.kept_step, "validation_loss": scored.loss, **scored.metrics})
+        if result.samples:
+            write_atomically(place.samples, samples_page(comparison, f"Samples of {place.path.resolve().name}"))
+        _save_adapter(recipe, setup, result, comparison)
+    records = [json.loads(line) for line in place.metrics.read_text(encoding="utf-8").splitlines()]
+    replace_file(place.plot, loss_plot(records, place.path.resolve().name), CheckpointError)
+    write_atomically(place.result, to_json(_plain(result)) + "\n")
+    return result
+
+
+def read_result(place: RunDirectory) -> Result | None:
+    """The result of a finished run, or None while it is not finished."""
+    values = place.read_json(place.result)
+    if values is None or not place.adapter.is_dir():
+        return None
+    try:
+        samples = tuple(Answers(**sample) for sample in values.pop("samples"))
+        return Result(**values, samples=samples, run=place.path, adapter=place.adapter)
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{place.result} is of another sideroad ({error}); remove it and resume") from error
+
+
+def _choose_weights(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop) -> None:
+    best = loop.progress.best_step
+    if recipe.train.keep == "last" or best is None or best == loop.progress.step:
+        return
+    adapter = checkpoint.load_adapter(place.checkpoints, best)
+    if adapter is None:
+        raise CheckpointError(f"train.keep: best wants step {best}, whose checkpoint is gone from {place.checkpoints}")
+    setup.attached.load(NAME, adapter)
+
+
+def _result(place: RunDirectory, recipe: Recipe, loop: Loop) -> Result:
     progress = loop.progress
     kept: Kept = recipe.train.keep
-    if kept == "best" and progress.best_step is not None and progress.best_step != progress.step:
-        best = checkpoint.load_adapter(place.checkpoints, progress.best_step)
-        if best is None:
-            raise CheckpointError(
-                f"train.keep: best wants step {progress.best_step}, whose checkpoint is gone from {place.checkpoints}"
-            )
-        setup.attached.load(NAME, best)
-    result = Result(
+    return Result(
         run=place.path,
         adapter=place.adapter,
         steps=progress.step,
@@ -45,44 +86,100 @@ def finish(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop, emit: 
         stopped_early=progress.stopped,
         seconds=progress.seconds,
     )
-    adapter = replace(setup.material.snapshot(), manifest=_manifest(recipe, setup, result))
-    adapter.save(place.adapter)
-    write_atomically(place.result, to_json(_plain(result)) + "\n")
-    return result
 
 
-def read_result(place: RunDirectory) -> Result | None:
-    """The result of a finished run, or None while it is not finished."""
-    values = place.read_json(place.result)
-    if values is None or not place.adapter.is_dir():
+def _compare(recipe: Recipe, setup: Setup, emit: Emit) -> Comparison | None:
+    dataset = setup.data.validation
+    if dataset is None:
         return None
-    try:
-        return Result(**{**values, "run": place.path, "adapter": place.adapter})
-    except TypeError as error:
-        raise CheckpointError(
-            f"{place.result} is not a result this sideroad wrote ({error}); remove it and resume"
-        ) from error
+
+    def scores(who: str) -> Any:
+        emit(Evaluating("base" if who == "base" else "adapted", len(dataset.examples)))
+        return evaluate(
+            setup.base, dataset, recipe.evaluate, recipe.data, packed=setup.material.packed, seed=recipe.seed
+        )
+
+    with setup.attached.disabled():
+        base = scores("base")
+    return Comparison(base, scores("adapted"))
+
+
+def _scores(comparison: Comparison) -> dict[str, dict[str, float]]:
+    return {"base": comparison.base.values, "adapted": comparison.adapted.values}
+
+
+def _samples(comparison: Comparison) -> tuple[Answers, ...]:
+    pairs = zip(comparison.base.samples, comparison.adapted.samples, strict=True)
+    return tuple(Answers(one.source, one.prompt, one.reference, one.output, other.output) for one, other in pairs)
+
+
+def _save_adapter(recipe: Recipe, setup: Setup, result: Result, comparison: Comparison | None) -> None:
+    portable = _portable(recipe, setup)
+    files = _data_files(setup)
+    adapter, lowest = setup.material.snapshot(), result.best_validation_loss
+    manifest: Mapping[str, Any] = finite_or_null(
+        {
+            "data": [asdict(file) for file in files],
+            "prompt": {"system": recipe.data.system},
+            "recipe": portable.model_dump(mode="json"),
+            "training": {
+                "steps": result.steps,
+                "kept": result.kept,
+                "kept_step": result.kept_step,
+                "validation_loss": lowest if result.kept == "best" else result.last_validation_loss,
+            },
+            "scores": result.scores,
+        }
+    )
+    identity = setup.base.identity
+    card = model_card(
+        CardFacts(
+            name=result.run.resolve().name,
+            base_name=identity.name,
+            base_reference=identity.name,
+            base_source=identity.source,
+            base_sha256=identity.sha256,
+            base_licence=identity.licence,
+            data=files,
+            recipe=dump_recipe(portable),
+            parameters=adapter.parameters,
+            adapted_layers=len(adapter.paths),
+            kept=f"{'best validation, step' if result.kept == 'best' else 'last step,'} {result.kept_step}",
+            scores=comparison,
+            version=sideroad.__version__,
+        )
+    )
+    replace(adapter, manifest=manifest).save(result.adapter, card=card)
+
+
+def _portable(recipe: Recipe, setup: Setup) -> Recipe:
+    """The recipe without this machine's paths, for an adapter that travels."""
+    data = recipe.data
+    template = Path(data.chat_template).name if data.chat_template else None
+    local = {
+        "train": tuple(_name(source) for source in data.train_sources),
+        "validation": _name(data.validation) if data.validation else None,
+        "chat_template": template,
+    }
+    base = recipe.base.model_copy(update={"model": setup.base.identity.name})
+    return recipe.model_copy(update={"base": base, "data": data.model_copy(update=local)})
+
+
+def _name(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _data_files(setup: Setup) -> tuple[DataFile, ...]:
+    sets = (("training", setup.data.train), ("validation", setup.data.validation))
+    return tuple(
+        DataFile(name, role, sha256)
+        for role, dataset in sets
+        if dataset is not None
+        for name, sha256 in dataset.files.items()
+    )
 
 
 def _plain(result: Result) -> dict[str, Any]:
     values = asdict(result)
     del values["run"], values["adapter"]
     return values
-
-
-def _manifest(recipe: Recipe, setup: Setup, result: Result) -> Mapping[str, Any]:
-    data = setup.data
-    manifest: dict[str, Any] = {
-        "data": {
-            "train": {"sha256": data.train.sha256, "examples": len(data.train.examples)},
-            "validation": {"sha256": data.validation.sha256, "examples": len(data.validation.examples)}
-            if data.validation
-            else None,
-        },
-        "prompt": {"system": recipe.data.system},
-        "recipe": recipe.model_dump(mode="json"),
-        "training": _plain(replace(result, scores={})),
-        "scores": result.scores,
-    }
-    plain: Mapping[str, Any] = finite_or_null(manifest)
-    return plain

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -71,13 +71,13 @@ class Recipe(Settings):
 class _Reader(yaml.SafeLoader):
     """YAML 1.2's core scalars: `1e-3` is a number, `on`, `off`, `yes`, `no`, dates and `1:30` are words."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
 
 class _Writer(yaml.SafeDumper):
     """Quotes exactly what `_Reader` would otherwise take for something else."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write repeated values out."""

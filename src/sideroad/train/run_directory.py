@@ -133,15 +133,15 @@ class RunDirectory:
             kept.append(line + "\n")
         if steps != step:
             raise CheckpointError(
-                f"{self.metrics} has {steps} of the {step} steps its checkpoint stands on; it was changed or lost data. "
+                f"{self.metrics} has {steps} of the {step} steps its checkpoint stands on; it was changed. "
                 "Put the file back, or start anew in another --run."
             )
         write_atomically(self.metrics, "".join(kept))
 
 
 def _last_kept(record: Mapping[str, Any], validated: int | None) -> int:
-    """Last step up to which a record that is not a step's stays; scores at the end are taken again."""
-    return validated if validated is not None and "validation_loss" in record else -1
+    """Last step up to which a record that is not a step's stays; the scores at the end are taken again."""
+    return validated if validated is not None and set(record) == {"step", "validation_loss"} else -1
 
 
 def _record(line: str) -> dict[str, Any] | None:
