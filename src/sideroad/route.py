@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -11,6 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 CHILD = "lora"
 """Name of the child module on an adapted layer."""
+
+Names = str | Sequence[str] | Mapping[str, float]
+"""One adapter, several (weight 1 each), or several with their weights; an empty sequence means none."""
 
 
 class Route:
@@ -24,6 +28,28 @@ class Route:
         """What the user chose, by key."""
         self.live: dict[str, float] = {}
         """What the hooks add: `active`, or nothing while disabled or merged."""
+        self.depth = 0
+        """Open `kept` blocks."""
+
+    def switch(self, weights: Mapping[str, float]) -> None:
+        """Let exactly these adapters act, given by name."""
+        self.active = self.live = by_key(weights)
+
+    def drop(self, key: str) -> None:
+        """Forget one adapter."""
+        self.active = {one: weight for one, weight in self.active.items() if one != key}
+        self.live = {one: weight for one, weight in self.live.items() if one != key}
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Restore the present state when the block is left, whatever happened inside."""
+        before = self.active, self.live
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            self.active, self.live = before
 
 
 class Deltas(nn.Module):
@@ -107,6 +133,18 @@ def escape(name: str) -> str:
 def unescape(key: str) -> str:
     """Return the adapter name behind a module key."""
     return unquote(key)
+
+
+def read_weights(names: Names) -> dict[str, float]:
+    """Return name → weight for any way of naming adapters."""
+    if isinstance(names, Mapping):
+        return {name: float(weight) for name, weight in names.items()}
+    return dict.fromkeys([names] if isinstance(names, str) else names, 1.0)
+
+
+def by_key(weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the same weights by module key."""
+    return {escape(name): weight for name, weight in weights.items()}
 
 
 _INSTANCE = frozenset(vars(Deltas(Route())))

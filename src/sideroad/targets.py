@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +14,18 @@ from sideroad.patterns import block_index, first_match, is_name, matches, parse_
 from sideroad.route import walk
 from sideroad.weights import has_trainable_bias, is_adaptable, layer_shape
 
-__all__ = ["Survey", "Target", "alpha_of", "bias_paths", "matches", "rank_of", "resolve", "select", "shortest_names"]
+__all__ = [
+    "Survey",
+    "Target",
+    "alpha_of",
+    "bias_paths",
+    "matches",
+    "named_exactly",
+    "rank_of",
+    "resolve",
+    "select",
+    "shortest_names",
+]
 
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head", "classifier", "score", "qa_outputs", "head")
@@ -73,6 +84,21 @@ def select(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
 def bias_paths(model: nn.Module, config: AdapterConfig, targets: Iterable[str]) -> tuple[str, ...]:
     """Return the modules whose bias is trained: none, those of `targets` that have one, or all but the excluded."""
     return Survey(model).biases(config, targets)
+
+
+def named_exactly(model: nn.Module, config: AdapterConfig, targets: Collection[str]) -> AdapterConfig:
+    """Return the configuration with its layers given by the shortest names that mean exactly `targets`.
+
+    Args:
+        targets: canonical module paths; none leaves the configuration as it is.
+    """
+    if not targets:
+        return config
+    survey = Survey(model)
+    others = [path for path in survey.modules if path and survey.canonical[path] not in targets]
+    changes = {"targets": shortest_names(targets, others), "layers": None, "layers_pattern": None}
+    # exclude still decides which biases "all" means
+    return config.model_copy(update=changes if config.bias == "all" else {**changes, "exclude": ()})
 
 
 def _broken(config: AdapterConfig) -> list[str]:

@@ -51,3 +51,10 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
         return BiasDelta(placed["bias"])
     s = scale(config, path, placed["A"].shape[0])
     return LoraDelta(placed["A"], placed["B"], scale=s, dropout=config.method.dropout, bias=placed.get("bias"))
+
+
+def tune_delta(delta: nn.Module, config: AdapterConfig, path: str) -> None:
+    """Give a delta the scale and dropout of another configuration of the same shapes."""
+    if isinstance(delta, LoraDelta):
+        delta.scale = scale(config, path, delta.A.shape[0])
+        delta.dropout = config.method.dropout

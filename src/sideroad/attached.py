@@ -1,0 +1,348 @@
+"""Attached: the one handle of a model with adapters, which says which of them act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sideroad.adapter import Adapter
+from sideroad.errors import AdapterError, MergeError, did_you_mean
+from sideroad.fitting import compare_layouts, layout_of, refuse_occupied
+from sideroad.hold import let_go, take_hold
+from sideroad.merging import Merged, merge_into, restore, swap
+from sideroad.methods import make_delta, tune_delta
+from sideroad.route import Names, Route, by_key, close_layer, deltas_of, escape, open_layer, read_weights, unescape
+from sideroad.targets import Survey, named_exactly
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An attached adapter: its description (an Adapter without tensors) and the layers that hold its tensors."""
+
+    description: Adapter
+    targets: tuple[str, ...]
+    paths: tuple[str, ...]
+
+
+class Attached:
+    """The adapters of one model: which there are, which act, which are trained, and the way into weights and back.
+
+    Active and trainable are separate: no switch changes a `requires_grad`. With gradient checkpointing, run `backward`
+    inside the same `using` or `disabled` block as the forward: it computes activations again.
+
+    Args:
+        model: the model that adapters are attached to; use `attach` to make a handle.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._route = Route()
+        self._entries: dict[str, _Entry] = {}
+        self._flags: dict[str, bool] = {}
+        self._merged: Merged | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the attached adapters, in the order they came."""
+        return tuple(self._entries)
+
+    @property
+    def active(self) -> Mapping[str, float]:
+        """Adapters that shape the model's output now, each with its weight: merged, or added in the forward."""
+        now = self._route.live
+        if self._merged is not None:
+            now = {} if self._merged.aside is not None else self._merged.weights
+        return {unescape(key): weight for key, weight in now.items()}
+
+    @property
+    def merged_names(self) -> tuple[str, ...]:
+        """Adapters that are merged into the weights at present."""
+        return tuple(unescape(key) for key in self._merged.weights) if self._merged else ()
+
+    @property
+    def untied(self) -> tuple[str, ...]:
+        """Paths of layers whose weight a merge has parted from the embedding it was tied to."""
+        return tuple(self._merged.untied.ties) if self._merged else ()
+
+    def paths(self, name: str) -> tuple[str, ...]:
+        """Return the module paths that an adapter has tensors on, in model order."""
+        return self._entry(name).paths
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return an adapter's live parameters by `<module path>.A`, `.B` and `.bias`."""
+        deltas = ((path, self._delta(path, name)) for path in self._entry(name).paths)
+        return {f"{path}.{part}": parameter for path, delta in deltas for part, parameter in delta.named_parameters()}
+
+    def adapter(self, name: str) -> Adapter:
+        """Return an adapter as a value: CPU copies of its tensors, its targets as the shortest list of names."""
+        entry = self._entry(name)
+        config = named_exactly(self.model, entry.description.config, entry.targets)
+        weights = {path: _tensors(self._delta(path, name)) for path in entry.paths}
+        return replace(entry.description, config=config, weights=weights)
+
+    def load(self, name: str, value: Adapter) -> None:
+        """Overwrite an attached adapter's tensors, scale and dropout in place; `requires_grad` stays as it is.
+
+        Raises:
+            AdapterError: another set of tensors or other shapes; all are listed and nothing is changed.
+            MergeError: the adapter is merged.
+        """
+        entry = self._entry(name)
+        if name in self.merged_names:
+            raise MergeError(f'adapter "{name}" is merged; unmerge() before loading into it.')
+        present = layout_of({path: _live(self._delta(path, name)) for path in entry.paths})
+        placed = compare_layouts(Survey(self.model), value, name, present)
+        for path in entry.paths:
+            delta = self._delta(path, name)
+            with torch.no_grad():
+                for part, parameter in delta.named_parameters():
+                    parameter.copy_(placed[path][part])
+            tune_delta(delta, value.config, path)
+        self._entries[name] = replace(entry, description=replace(value, weights={}))
+
+    def set_trainable(self, names: str | Sequence[str]) -> None:
+        """Make exactly these adapters require gradients; an empty sequence freezes them all."""
+        wanted = self._weights(names)
+        for name in self.names:
+            for parameter in self.parameters(name).values():
+                parameter.requires_grad_(name in wanted)
+
+    def activate(self, names: Names) -> None:
+        """Choose, in place, which adapters act and with which weights; an empty sequence means the base.
+
+        Raises:
+            AdapterError: an unknown name.
+            MergeError: adapters are merged.
+        """
+        self._refuse_merged("activate()")
+        self._route.switch(self._weights(names))
+
+    @contextmanager
+    def using(self, names: Names) -> Iterator[Attached]:
+        """Let other adapters act inside a `with` block; afterwards everything is as it was, whatever happened inside.
+
+        Raises:
+            AdapterError: an unknown name.
+            MergeError: adapters are merged.
+        """
+        self._refuse_merged("using()")
+        weights = self._weights(names)
+        with self._route.kept():
+            self._route.switch(weights)
+            yield self
+
+    @contextmanager
+    def disabled(self) -> Iterator[Attached]:
+        """Give the base inside a `with` block, bit for bit; merged weights are swapped out and in again.
+
+        Raises:
+            MergeError: adapters are merged and the base's bytes were not kept.
+        """
+        with self._route.kept():
+            self._route.live = {}
+            merged = self._merged
+            if merged is None or merged.aside is not None:
+                yield self
+                return
+            if merged.kept is None:
+                raise MergeError("the base was merged with keep_base=False: its weights are gone; load the base again.")
+            merged.aside = swap(self.model, merged.kept)
+            try:
+                yield self
+            finally:
+                swap(self.model, merged.aside)
+                merged.aside = None
+
+    @contextmanager
+    def merged(self, names: Names | None = None) -> Iterator[Attached]:
+        """Merge inside a `with` block and give the base's bytes back afterwards; arguments as in `merge`."""
+        already = self._merged is not None
+        self._merge(names, keep_base=True)
+        try:
+            yield self
+        finally:
+            if not already and self._merged is not None:
+                self._unmerge()
+
+    def merge(self, names: Names | None = None, keep_base: bool = True) -> None:
+        """Write adapters into the base's weights; nothing is added in the forward then.
+
+        The sum is taken in fp32 and rounded once. A weight tied to an embedding gets its own copy (see `untied`).
+        Merging the same set again does nothing.
+
+        Args:
+            names: as in `activate`; None means those that are active.
+            keep_base: keep a CPU copy of each changed weight, without which the merge cannot be undone.
+        Raises:
+            MergeError: another set is merged, a weight is shared with another layer, or a result is not finite.
+            AdapterError: nothing to merge, or inside a `using` or `disabled` block.
+        """
+        self._refuse_inside("merge()")
+        self._merge(names, keep_base=keep_base)
+
+    def unmerge(self) -> None:
+        """Write the base's kept bytes back, tie again what was tied, and let the former adapters act as before.
+
+        Raises:
+            MergeError: nothing is merged, or the base was not kept.
+            AdapterError: inside a `using` or `disabled` block.
+        """
+        self._refuse_inside("unmerge()")
+        if self._merged is None:
+            raise MergeError("nothing is merged, so there is nothing to undo.")
+        self._unmerge()
+
+    def merge_and_unload(self) -> nn.Module:
+        """Merge what is active (or keep what is merged), remove all adapters for good, and return the plain model.
+
+        Raises:
+            MergeError: as in `merge`.
+            AdapterError: nothing is active.
+        """
+        self._refuse_inside("merge_and_unload()")
+        if self._merged is None:
+            self._merge(None, keep_base=False)
+        # a handle that is let go keeps its record of what was untied
+        for name in self.names:
+            self._remove(name)
+        return self.model
+
+    def detach(self, name: str | None = None) -> None:
+        """Remove one adapter, or all; with the last one the model is exactly what it was before the first.
+
+        Raises:
+            AdapterError: an unknown name, or inside a `using` or `disabled` block.
+            MergeError: adapters are merged.
+        """
+        self._refuse_inside("detach()")
+        self._refuse_merged("detach()")
+        names = self.names if name is None else (name,)
+        for one in names:
+            self._entry(one)
+        for one in names:
+            self._remove(one)
+
+    def put(
+        self,
+        name: str,
+        description: Adapter,
+        targets: Sequence[str],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        trainable: bool,
+    ) -> None:
+        """Add an adapter whose tensors are known to fit; `attach` checks that they do, and calls this.
+
+        Args:
+            description: the adapter without its tensors.
+            targets: paths that have a pair; the others have a bias only.
+            tensors: module path -> tensors, in model order.
+        Raises:
+            AdapterError: the name is empty or taken, or a layer has a `lora` of its own; nothing is changed then.
+        """
+        self.refuse_name(name)
+        layers = {path: self.model.get_submodule(path) for path in tensors}
+        refuse_occupied(layers, self._route)
+        config = description.config
+        deltas = {path: make_delta(config, path, layer, tensors[path]) for path, layer in layers.items()}
+        if not self._entries:
+            self._flags = take_hold(self.model, self)
+        for path, layer in layers.items():
+            open_layer(layer, self._route).put(escape(name), deltas[path].requires_grad_(trainable))
+        self._entries[name] = _Entry(description, tuple(targets), tuple(layers))
+        if len(self._entries) == 1:
+            self._route.switch({name: 1.0})
+
+    def refuse_name(self, name: str) -> None:
+        """Raise AdapterError if no adapter can get this name: it is empty, or taken."""
+        if not name:
+            raise AdapterError("an adapter's name cannot be empty; give any text.")
+        if name in self._entries:
+            raise AdapterError(
+                f'an adapter named "{name}" is attached already; detach("{name}"), load into it, or take another name.'
+            )
+
+    def _remove(self, name: str) -> None:
+        key = escape(name)
+        for path in self._entries.pop(name).paths:
+            layer = self.model.get_submodule(path)
+            deltas = deltas_of(layer)
+            if deltas is not None:
+                deltas._modules.pop(key, None)
+                if not deltas._modules:
+                    close_layer(layer)
+        self._route.drop(key)
+        if not self._entries:
+            let_go(self.model, self._flags)
+
+    def _merge(self, names: Names | None, *, keep_base: bool) -> None:
+        weights = self._route.live if names is None else by_key(self._weights(names))
+        if self._merged is not None:
+            if names is not None and weights != self._merged.weights:
+                shown = ", ".join(self.merged_names)
+                raise MergeError(f"already merged: {shown}; unmerge() before merging another set or other weights.")
+            self._merged.kept = self._merged.kept if keep_base else None
+            return
+        if not weights:
+            raise AdapterError(f"no adapter is active, so there is nothing to merge; name one of: {self._listed()}.")
+        pairs: dict[str, list[tuple[nn.Module, float]]] = {}
+        for key, weight in weights.items():
+            for path in self._entries[unescape(key)].paths:
+                pairs.setdefault(path, []).append((self._delta(path, unescape(key)), weight))
+        kept, untied = merge_into(self.model, pairs, keep_base=keep_base)
+        self._merged = Merged(dict(weights), (self._route.active, self._route.live), kept, untied)
+        self._route.active = self._route.live = {}
+
+    def _unmerge(self) -> None:
+        merged = self._merged
+        if merged is None or merged.kept is None:
+            raise MergeError("the base was merged with keep_base=False: its weights are gone; load the base again.")
+        restore(self.model, merged.kept, merged.untied)
+        self._route.active, self._route.live = merged.before
+        self._merged = None
+
+    def _weights(self, names: Names) -> dict[str, float]:
+        """Read any way of naming adapters; every name must be known, every weight finite."""
+        weights = read_weights(names)
+        for name, weight in weights.items():
+            self._entry(name)
+            if not math.isfinite(weight):
+                raise AdapterError(f'the weight of adapter "{name}" is {weight}; it must be a finite number.')
+        return weights
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            guess = did_you_mean(name, self.names)
+            raise AdapterError(f'no adapter is named "{name}". Attached: {self._listed()}.{guess}')
+        return self._entries[name]
+
+    def _delta(self, path: str, name: str) -> nn.Module:
+        deltas = deltas_of(self.model.get_submodule(path))
+        delta = deltas._modules.get(escape(name)) if deltas is not None else None
+        if delta is None:
+            raise AdapterError(f'adapter "{name}" is gone from {path}: the layer was replaced after attach.')
+        return delta
+
+    def _listed(self) -> str:
+        return ", ".join(self.names) or "none"
+
+    def _refuse_merged(self, what: str) -> None:
+        if self._merged is not None:
+            shown = ", ".join(self.merged_names)
+            raise MergeError(f"{what} while {shown} is merged into the weights; unmerge() first.")
+
+    def _refuse_inside(self, what: str) -> None:
+        if self._route.depth:
+            raise AdapterError(f"{what} inside a using() or disabled() block; leave it first: it restores its start.")
+
+
+def _live(delta: nn.Module) -> dict[str, Tensor]:
+    return {part: parameter.detach() for part, parameter in delta.named_parameters()}
+
+
+def _tensors(delta: nn.Module) -> dict[str, Tensor]:
+    return {part: tensor.to("cpu", copy=True) for part, tensor in _live(delta).items()}

@@ -1,0 +1,155 @@
+"""Does an adapter fit a model? Everything that does not, in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from sideroad.adapter import Adapter
+from sideroad.config import AdapterConfig
+from sideroad.errors import AdapterError, did_you_mean, raise_findings
+from sideroad.methods import PARTS
+from sideroad.route import deltas_of
+from sideroad.targets import Survey
+from sideroad.weights import has_trainable_bias, layer_shape
+
+Layout = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Module path → tensor name → shape."""
+
+
+def layout_of(weights: Mapping[str, Mapping[str, Tensor]]) -> Layout:
+    """Return the shapes of an adapter's tensors."""
+    return {path: {part: tuple(tensor.shape) for part, tensor in parts.items()} for path, parts in weights.items()}
+
+
+def fit(survey: Survey, value: Adapter, name: str) -> dict[str, Mapping[str, Tensor]]:
+    """Return the adapter's tensors by the model's own paths (aliases of shared modules become their first path).
+
+    Raises:
+        AdapterError: modules that do not exist or cannot be adapted, tensors that are missing, unknown or of the
+            wrong shape, layers that its targets mean but that it has no tensors for; all of them, and the base that
+            the adapter says it was made for.
+    """
+    problems: dict[tuple[str, str], list[str]] = {}
+    placed: dict[str, Mapping[str, Tensor]] = {}
+    for path, parts in value.weights.items():
+        found = _module_problems(survey, value.config, path, {part: tuple(t.shape) for part, t in parts.items()})
+        for problem in found:
+            problems.setdefault((path.rpartition(".")[2], problem), []).append(path)
+        canonical = survey.canonical.get(path, path)
+        if canonical in placed:
+            problems.setdefault((path, "is the same module as another path of this adapter"), []).append(path)
+        placed[canonical] = parts
+    for path in survey.select(value.config, []):
+        if path not in placed:
+            key = (path.rpartition(".")[2], f"has no tensors, but targets {_shown(value.config)} mean it")
+            problems.setdefault(key, []).append(path)
+    findings = [_told(paths, problem) for (_, problem), paths in problems.items()]
+    if not value.weights:
+        findings.append("it has no tensors at all.")
+    _raise(survey, value, name, findings)
+    order = {path: index for index, path in enumerate(survey.modules)}
+    return dict(sorted(placed.items(), key=lambda item: order[item[0]]))
+
+
+def compare_layouts(survey: Survey, value: Adapter, name: str, present: Layout) -> dict[str, Mapping[str, Tensor]]:
+    """Return the adapter's tensors by the model's paths, if they are exactly those that `present` has.
+
+    Raises:
+        AdapterError: every tensor that is missing, unknown or of another shape.
+    """
+    placed = {survey.canonical.get(path, path): parts for path, parts in value.weights.items()}
+    given = layout_of(placed)
+    findings = []
+    for path in dict.fromkeys([*present, *given]):
+        here, there = present.get(path, {}), given.get(path, {})
+        for part in dict.fromkeys([*here, *there]):
+            if part not in there:
+                findings.append(f"{path}.{part} is missing.")
+            elif part not in here:
+                guess = did_you_mean(path, present) if path not in present else ""
+                findings.append(f"{path}.{part} is not part of the attached adapter.{guess}")
+            elif here[part] != there[part]:
+                findings.append(f"{path}.{part} is {list(there[part])}; needed {list(here[part])}.")
+    _raise(survey, value, name, findings)
+    return placed
+
+
+def refuse_occupied(layers: Mapping[str, nn.Module], route: object) -> None:
+    """Refuse layers that already have something called `lora`: another handle's adapters, or the model's own.
+
+    Raises:
+        AdapterError: names them all.
+    """
+    findings = []
+    for path, layer in layers.items():
+        deltas = deltas_of(layer)
+        if deltas is None and hasattr(layer, "lora"):
+            findings.append(f'{path} has an attribute named "lora" of its own; exclude it.')
+        elif deltas is not None and deltas.route is not route:
+            findings.append(f"{path} was adapted through another handle; attach to the model that was attached first.")
+    raise_findings(AdapterError, "layers are taken", findings)
+
+
+def _module_problems(
+    survey: Survey, config: AdapterConfig, path: str, parts: Mapping[str, tuple[int, ...]]
+) -> Iterable[str]:
+    """Sentences (without the path) about one module of an adapter."""
+    module = survey.modules.get(path)
+    if module is None or not path:
+        nearest = did_you_mean(path, survey.adaptable)
+        yield f"does not exist in the model.{nearest}" if nearest else "does not exist in the model"
+        return
+    needed = PARTS[config.method.kind]
+    pair = [part for part in parts if part in needed]
+    unknown = [part for part in parts if part not in needed and part != "bias"]
+    if unknown:
+        yield f"has unknown tensors {', '.join(unknown)}; allowed: {', '.join(needed)}, bias"
+    if pair and len(pair) < len(needed):
+        yield f"has {', '.join(pair)} but lacks {', '.join(part for part in needed if part not in pair)}"
+    if not parts:
+        yield "has no tensors"
+    if pair and survey.canonical[path] not in survey.adaptable:
+        yield f"is a {type(module).__name__}, which cannot be adapted; allowed: nn.Linear and Conv1D"
+    elif len(pair) == len(needed):
+        yield from _shape_problems(module, parts)
+    if "bias" in parts:
+        yield from _bias_problems(module, parts["bias"])
+
+
+def _shape_problems(layer: nn.Module, parts: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
+    out_features, in_features = layer_shape(layer)
+    rank = (*parts["A"], 0)[0]
+    for part, needed in (("A", (rank, in_features)), ("B", (out_features, rank))):
+        if parts[part] != needed or rank < 1:
+            yield f"has {part} of shape {list(parts[part])}; the layer needs {list(needed)} for rank {max(rank, 1)}"
+
+
+def _bias_problems(module: nn.Module, shape: tuple[int, ...]) -> Iterable[str]:
+    if not has_trainable_bias(module):
+        yield f"has a bias in the adapter, but this {type(module).__name__} has none that can be trained"
+    elif shape != tuple(module.get_parameter("bias").shape):
+        yield f"has a bias of shape {list(shape)}; the layer needs {list(module.get_parameter('bias').shape)}"
+
+
+def _told(paths: list[str], problem: str) -> str:
+    more = f" and {len(paths) - 1} more like it ({', '.join(paths[1:])})" if len(paths) > 1 else ""
+    return f"{paths[0]}{more}: {problem}".rstrip(".") + ("" if problem.endswith("?") else ".")
+
+
+def _raise(survey: Survey, value: Adapter, name: str, findings: list[str]) -> None:
+    if not findings:
+        return
+    made_for = f'made for "{value.base.name}"' if value.base and value.base.name else "made for an unknown base"
+    head = (
+        f'adapter "{name}" ({made_for}) does not fit this {survey.model_name}: is it an adapter for another base? '
+        f"Load that base, or choose another adapter"
+    )
+    if len(findings) == 1:
+        raise AdapterError(f"{head}.\n  - {findings[0]}")
+    raise_findings(AdapterError, head, findings)
+
+
+def _shown(config: AdapterConfig) -> str:
+    return config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
