@@ -25,6 +25,7 @@ class LoraMethod(Settings):
     """Low-rank adaptation, `W' = W + s·B·A` (LoRA, Hu et al. 2021, arXiv:2106.09685, sec. 4.1)."""
 
     kind: Literal["lora"] = "lora"
+    """Name of the method; `lora` is the one there is."""
     rank: Annotated[int, Field(ge=1)] = 8
     """Rows of A and columns of B."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
