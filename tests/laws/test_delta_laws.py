@@ -1,0 +1,188 @@
+"""Laws that every method keeps on every kind of layer, in every dtype, with every option."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pairwise import Case, covering, full, name
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sideroad.adapter import Adapter
+from sideroad.attach import Attached, attach, attached
+from sideroad.config import AdapterConfig, LoraMethod
+
+AXES = {
+    "kind": ("linear", "linear-without-bias", "conv1d"),
+    "dtype": (torch.float32, torch.bfloat16),
+    "scaling": ("alpha/r", "alpha/sqrt(r)"),
+    "init": ("kaiming", "gaussian"),
+    "bias": ("none", "adapted", "all"),
+    "pattern": ("plain", "ranks"),
+    "storage": ("float32", "base"),
+}
+WIDTH = 24
+
+
+def possible(case: Case) -> bool:
+    # without any bias there is nothing that `adapted` could train
+    return not (case["kind"] == "linear-without-bias" and case["bias"] == "adapted")
+
+
+CASES = [case for case in covering(AXES) if possible(case)]
+EVERY = [case for case in full(AXES) if possible(case)]
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        make: Any = {
+            "linear": lambda out, into: nn.Linear(into, out),
+            "linear-without-bias": lambda out, into: nn.Linear(into, out, bias=False),
+            "conv1d": Conv1D,
+        }[kind]
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = make(2 * WIDTH, WIDTH)
+        self.down = make(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def model_of(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(case["kind"]), Block(case["kind"]))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.to(case["dtype"]).eval()
+
+
+def config_of(case: Case) -> AdapterConfig:
+    patterns = {"rank_pattern": {"up": 2}, "alpha_pattern": {"1.down": 3.0}} if case["pattern"] == "ranks" else {}
+    method = LoraMethod(rank=4, alpha=8, scaling=case["scaling"], init=case["init"])
+    return AdapterConfig(method=method, bias=case["bias"], dtype=case["storage"], **patterns)
+
+
+def inputs(case: Case) -> Tensor:
+    return torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(3)).to(case["dtype"])
+
+
+def fill(handle: Attached, name: str = "default", seed: int = 7) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in handle.parameters(name).values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return list(one) == list(two) and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def check_identity_and_return(case: Case) -> None:
+    model = model_of(case)
+    keys, x = bits(model), inputs(case)
+    expected = model(x)
+    handle = attach(model, config_of(case), seed=1)
+    assert torch.equal(model(x), expected)
+    fill(handle)
+    assert not torch.equal(model(x), expected)
+    with handle.disabled():
+        assert torch.equal(model(x), expected)
+    handle.detach()
+    assert equal(bits(model), keys)
+    assert torch.equal(model(x), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def check_merge(case: Case) -> None:
+    model = model_of(case)
+    before, x = bits(model), inputs(case)
+    handle = attach(model, config_of(case), seed=1)
+    fill(handle)
+    apart = model(x)
+    attached_bits = bits(model)
+    with handle.merged():
+        limit = 2e-6 if case["dtype"] == torch.float32 else 3e-2
+        assert torch.dist(model(x).float(), apart.float()) <= limit * apart.float().norm()
+    assert equal(bits(model), attached_bits)
+    assert torch.equal(model(x), apart)
+    plain = handle.merge_and_unload()
+    assert list(plain.state_dict()) == list(before)
+    assert torch.dist(plain(x).float(), apart.float()) <= limit * apart.float().norm()
+
+
+def check_gradients(case: Case) -> None:
+    model = model_of(case).train()
+    handle = attach(model, config_of(case), seed=1)
+    fill(handle)
+    model(inputs(case)).float().square().sum().backward()
+    own = {id(parameter) for parameter in handle.parameters("default").values()}
+    for path, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in own), path
+        assert parameter.requires_grad == (id(parameter) in own), path
+
+
+def check_files(case: Case, folder: Path) -> None:
+    model = model_of(case)
+    handle = attach(model, config_of(case), seed=1)
+    fill(handle)
+    value = handle.adapter("default")
+    value.save(folder / "adapter")
+    again = model_of(case)
+    loaded = attach(again, Adapter.load(folder / "adapter"))
+    assert torch.equal(again(inputs(case)), model(inputs(case)))
+    assert loaded.adapter("default").same_weights(value)
+
+
+def check_copies(case: Case) -> None:
+    model = model_of(case)
+    handle = attach(model, config_of(case), seed=1)
+    fill(handle)
+    expected = model(inputs(case))
+    twin = copy.deepcopy(model)
+    other = attached(twin)
+    assert other is not None
+    assert other.model is twin
+    other.activate(())
+    assert torch.equal(model(inputs(case)), expected)
+    assert not torch.equal(twin(inputs(case)), expected)
+    other.activate("default")
+    assert torch.equal(twin(inputs(case)), expected)
+
+
+LAWS = (check_identity_and_return, check_merge, check_gradients, check_copies)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_law(case: Case, law: Any) -> None:
+    law(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_files_keep_every_bit(case: Case, tmp_path: Path) -> None:
+    check_files(case, tmp_path)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("case", EVERY, ids=name)
+def test_every_law_in_the_full_product(case: Case, tmp_path: Path) -> None:
+    for law in LAWS:
+        law(case)
+    check_files(case, tmp_path)
+
+
+def test_covering_set_meets_every_pair_with_few_cases() -> None:
+    def pairs(cases: list[Case]) -> set[Any]:
+        return {(a, str(c[a]), b, str(c[b])) for c in cases for a in AXES for b in AXES if a < b}
+
+    assert pairs(covering(AXES)) == pairs(full(AXES))
+    assert len(CASES) < 20
