@@ -1,0 +1,7 @@
+"""stub"""
+SUMMARY = "Write a model with adapters merged in."
+EXAMPLES = ()
+
+
+def run() -> None:
+    """stub"""

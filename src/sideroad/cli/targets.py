@@ -1,0 +1,170 @@
+"""`sideroad targets`: what a choice of layers adapts, and what that costs, from the model's configuration alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sideroad.cli import frame
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sideroad.config import AdapterConfig
+    from sideroad.targets import Target
+
+SUMMARY = "Show which layers a choice adapts, with counts."
+EXAMPLES = (
+    "sideroad targets smollm2-135m-instruct",
+    "sideroad targets smollm2-135m-instruct --targets q_proj,v_proj --layers 0-9 --rank 16",
+    "sideroad targets --recipe examples/quickstart.yaml --all",
+)
+
+Model = Annotated[
+    str | None, typer.Argument(help="A named model, a hub id, a directory or a .gguf file; or give --recipe.")
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="Take base and adapter from this recipe.")
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--targets", metavar="PATTERNS", help="Names, globs or re:…, separated by commas [all-linear]."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="PATTERNS", help="Layers to leave alone, same patterns.")
+]
+Layers = Annotated[str | None, typer.Option("--layers", metavar="RANGES", help="Blocks, such as 0-3,10-.")]
+Rank = Annotated[int | None, typer.Option("--rank", help="Rank of every pair.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other key, such as adapter.bias=adapted; repeatable."),
+]
+All = Annotated[bool, typer.Option("--all", help="List every path.")]
+
+
+def run(
+    model: Model = None,
+    recipe: RecipeFile = None,
+    targets: Names = None,
+    exclude: Exclude = None,
+    layers: Layers = None,
+    rank: Rank = None,
+    set_: Set = None,
+    all_paths: All = False,
+    offline: frame.Offline = False,
+    as_json: frame.AsJson = False,
+    debug: frame.Debug = False,
+) -> None:
+    """Show which layers a choice adapts, with shapes, ranks and counts; no weights are needed."""
+    from sideroad.base import BaseConfig, load_meta
+    from sideroad.cli import render
+    from sideroad.errors import ConfigError
+    from sideroad.train.recipe import load_recipe
+
+    if (model is None) == (recipe is None):
+        raise ConfigError("give either a MODEL or --recipe FILE")
+    written = load_recipe(recipe) if recipe else None
+    base = written.base if written else BaseConfig(model=model or "")
+    start = {"adapter": written.adapter.model_dump(mode="json")} if written else {"adapter": {}}
+    options = {"targets": _split(targets), "exclude": _split(exclude), "layers": layers, "method.rank": rank}
+    given = [(f"adapter.{key}", value) for key, value in options.items() if value is not None]
+    config = _configure(start, given, set_ or ())
+    survey = _survey(load_meta(base, offline=offline), config, base.model)
+    if as_json:
+        render.write_json(survey)
+    else:
+        _print(survey, all_paths)
+
+
+def _split(patterns: Sequence[str] | None) -> list[str] | None:
+    """Commas separate names and globs; a regular expression keeps its commas."""
+    if patterns is None:
+        return None
+    return [name for item in patterns for name in ([item] if item.startswith("re:") else item.split(",")) if name]
+
+
+def _configure(start: dict[str, Any], options: list[tuple[str, Any]], overrides: Sequence[str]) -> AdapterConfig:
+    from sideroad.cli.settings import change
+    from sideroad.config import AdapterConfig, Settings, validate
+
+    class Choice(Settings):
+        adapter: AdapterConfig = AdapterConfig()
+
+    return validate(Choice, change(start, options, overrides), "the command line").adapter
+
+
+def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
+    from sideroad.targets import bias_paths, resolve
+
+    targets = resolve(model, config)
+    biased = bias_paths(model, config, targets)
+    biases = sum(model.get_parameter(f"{path}.bias").numel() for path in biased)
+    groups: dict[tuple[str, int, int, int, float], list[Target]] = defaultdict(list)
+    for target in targets.values():
+        leaf = target.path.rpartition(".")[2]
+        groups[leaf, target.out_features, target.in_features, target.rank, target.alpha].append(target)
+    trainable = sum(map(_parameters, targets.values())) + biases
+    return {
+        "model": name,
+        "architecture": type(model).__name__,
+        "base_parameters": sum({id(p): p.numel() for p in model.parameters()}.values()),
+        "trainable_parameters": trainable,
+        "bias_parameters": biases,
+        "file_bytes": {"float32": 4 * trainable, "bfloat16": 2 * trainable},
+        "groups": [
+            {
+                "name": leaf,
+                "layers": len(group),
+                "out_features": out_features,
+                "in_features": in_features,
+                "rank": rank,
+                "alpha": alpha,
+                "parameters": sum(map(_parameters, group)),
+            }
+            for (leaf, out_features, in_features, rank, alpha), group in groups.items()
+        ],
+        "paths": [{"path": target.path, "rank": target.rank} for target in targets.values()],
+        "bias_paths": list(biased),
+    }
+
+
+def _parameters(target: Target) -> int:
+    return target.rank * (target.in_features + target.out_features)
+
+
+def _print(survey: dict[str, Any], all_paths: bool) -> None:
+    from sideroad.cli import render
+
+    console = render.console()
+    rows = [
+        (
+            group["name"],
+            str(group["layers"]),
+            f"{group['out_features']} x {group['in_features']}",
+            str(group["rank"]),
+            f"{group['alpha']:g}",
+            f"{group['parameters']:,}",
+        )
+        for group in survey["groups"]
+    ]
+    columns = ("layer", "count", "out x in", "rank", "alpha", "parameters")
+    base = render.count(survey["base_parameters"])
+    console.print(f"{survey['model']} ({survey['architecture']}, {base} parameters)\n", soft_wrap=True)
+    console.print(render.table(columns, rows))
+    trainable, file_bytes = survey["trainable_parameters"], survey["file_bytes"]
+    biases = f", {survey['bias_parameters']:,} of them biases" if survey["bias_parameters"] else ""
+    console.print(
+        f"\n{len(survey['paths'])} layers, {trainable:,} trainable parameters{biases}, "
+        f"{render.share(trainable, survey['base_parameters'])} of the base"
+    )
+    sizes = ", ".join(f"{render.size(number)} in {name}" for name, number in file_bytes.items())
+    console.print(f"adapter file {sizes}")
+    if all_paths:
+        for entry in survey["paths"]:
+            console.print(f"{entry['path']}  rank {entry['rank']}", soft_wrap=True)
+        for path in survey["bias_paths"]:
+            console.print(f"{path}.bias", soft_wrap=True)
