@@ -12,10 +12,12 @@ import resource, torch
 from sideroad.kernels.allocator import keep_freed_memory
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 assert keep_freed_memory()
-torch.ones(4_000_000)
+def work():
+    for _ in range(10):
+        torch.ones(4_000_000)
+work()
 before = faults()
-for _ in range(10):
-    torch.ones(4_000_000)
+work()
 print(faults() - before)
 """
 

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory in the process, for the rest of its life.
 
-    A training step frees and takes the same few gigabytes again and again; by default each large block is a fresh mapping
+    A training step frees and takes the same gigabytes again and again; by default each large block is a fresh mapping
     whose pages the kernel must clear once more. The peak does not change; between steps the memory stays with us.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The table of every recipe key, written from the schema itself: `python -m sideroad.train.reference > docs/recipe.md`."""
+"""The table of every recipe key, from the schema itself: `python -m sideroad.train.reference > docs/recipe.md`."""
 
 from __future__ import annotations
 
