@@ -90,8 +90,8 @@ _BY_REMARK: Mapping[str, tuple[Severity, str]] = {
     "truncated-prompt": ("note", "{rows} with the prompt cut from the left to fit max_length {limit}"),
     "truncated-end": ("note", "{rows} cut at max_length {limit} behind the last answer's end or in a later prompt"),
     "split": ("note", "{rows} split into pieces of at most {limit} tokens"),
-    "joined-token": ("warning", "{rows} in which an answer begins inside a token, which is not trained; end "
-                                "prompts without a space, or begin answers without one"),
+    "joined-token": ("warning", "{rows} in which an answer begins inside a token, which is not trained; "
+                     "end prompts without a space, or begin answers without one"),
     "empty-answer": ("warning", "{rows} with an empty answer"),
     "lost-content": ("warning", "{rows} with text that the chat template does not show (thinking removed or rewritten)"),
     "rewritten-content": ("note", "{rows} with white space that the chat template changes"),
@@ -116,7 +116,7 @@ def examine(
 
 
 def overlap(train: Sequence[Outcome], validation: Sequence[Outcome]) -> list[Finding]:
-    """Return findings about validation rows and prompts that train holds too, without regard to case and white space."""
+    """Return findings about validation rows and prompts that train holds too, whatever their case and white space."""
     rows = {_normal(outcome.text) for outcome in train}
     prompts = {_normal(outcome.text[: outcome.prompt_end]) for outcome in train if outcome.example.has_answer}
     same = [outcome.example.source for outcome in validation if outcome.text and _normal(outcome.text) in rows]
@@ -162,8 +162,9 @@ def _whole(
     if max_positions is not None and longest > max_positions:
         findings.append(Finding("beyond-model", "error", f"the longest sequence has {longest} tokens, but the model "
                                 f"takes at most {max_positions}; set data.max_length: {max_positions}"))
-    if 0 < len(used) < _FEW:
-        findings.append(Finding("few-rows", "warning", f"only {len(used)} rows to learn from", count=len(used)))
+    sequences = sum(len(outcome.encoded) for outcome in used)
+    if 0 < sequences < _FEW:
+        findings.append(Finding("few-rows", "warning", f"only {sequences} rows to learn from", count=sequences))
     if template.chat and "strftime_now" in str(template.source or template.tokenizer.chat_template):
         findings.append(Finding("dated-template", "warning", "the chat template may write today's date into every row, "
                                 "so the same data gives other tokens tomorrow; set data.system or data.chat_template"))

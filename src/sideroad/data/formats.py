@@ -166,9 +166,8 @@ def _layout(name: str, found: list[str], config: DataConfig) -> Layout:
 def _advice(found: list[str]) -> str:
     label = next((name for name in ("label", "labels", "target", "intent", "class") if name in found), None)
     if {"chosen", "rejected"} <= set(found):
-        prompt = next((name for name in ("prompt", "instruction", "question") if name in found), "prompt")
-        return (" Preference pairs cannot be trained on; to train on the preferred answers, set "
-                f"data.columns: {{prompt: {prompt}, completion: chosen}}.")
+        ours = "output" if "instruction" in found else "completion"
+        return f" Pairs cannot be trained on; to train on the preferred answers, set data.columns: {{{ours}: chosen}}."
     if "text" in found and label:
         return (f" To answer each text with its {label}: data.columns: {{prompt: text, completion: {label}}}; "
                 "to train on the text alone: data.format: text.")

@@ -2,8 +2,9 @@
 
 Prefix rendering comes first: the conversation up to a turn, with the opening of the assistant's answer, must be a
 prefix of the whole text, and so must the conversation including the turn. Templates that rewrite earlier turns
-(thinking removed) or append something at the end break that; then the turn's content is replaced by a sentinel, and what differs
-between the two texts is the turn. Either way the result is checked against the whole text, or there is none.
+(thinking removed) or append something at the end break that; then the turn's content is replaced by a sentinel, and
+what differs between the two texts is the turn. Either way the result is checked against the whole text, or there is
+none.
 """
 
 from __future__ import annotations
