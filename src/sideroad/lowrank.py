@@ -119,7 +119,7 @@ class LowRank:
         if rank >= self.rank:
             return self
         left, core, right = self._core()
-        U, S, Vh = torch.linalg.svd(core)
+        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
         root = S[:rank].sqrt()
         B = left @ U[:, :rank] * root
         A = root[:, None] * Vh[:rank] @ right.t()
