@@ -102,7 +102,8 @@ class Adapter:
         """Read an adapter directory as PEFT (any version) or `save` writes it.
 
         Args:
-            allow_unknown: fields of adapter_config.json to accept though we do not know them.
+            allow_unknown: fields of adapter_config.json to accept though we do not know them; "base_layer.weight"
+                passes over copies of the base's own weights.
         Raises:
             AdapterError: anything that is missing, broken, not finite or cannot be honoured, all at once.
         """
@@ -111,7 +112,7 @@ class Adapter:
         fields = read_json(directory / CONFIG)
         source = find_weights(directory)
         tensors = read_sharded(source) if source.name.endswith(".json") else read_tensors(source)
-        weights, findings = from_tensors(tensors)
+        weights, findings = from_tensors(tensors, leave_out=allow_unknown)
         findings += weight_findings(weights, lambda p, leaf: module_key(p, leaf, adapted="A" in weights[p]))
         ranks = {} if findings else {p: leaves["A"].shape[0] for p, leaves in weights.items() if "A" in leaves}
         reading = read_config(
@@ -162,7 +163,9 @@ class Adapter:
 
     def _texts(self, card: str | None) -> dict[str, str]:
         fields = self._fields()
-        again = read_config(fields, self.ranks, stored_float32=_stored_float32(self.weights))
+        again = read_config(
+            fields, self.ranks, stored_float32=_stored_float32(self.weights), allow_unknown=tuple(self.foreign)
+        )
         raise_findings(AdapterError, "the adapter cannot be saved", again.findings)
         extras: dict[str, Any] = dict(self.manifest)
         if self.base and (self.base.source or self.base.sha256 or self.base.licence):

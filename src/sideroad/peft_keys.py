@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
@@ -22,7 +22,11 @@ _REFUSED = {
     "token_adapter": "rows of new tokens (trainable_token_indices); not supported yet",
     "trainable_tokens": "rows of new tokens (trainable_token_indices); not supported yet",
     "modules_to_save": "a fully trained module (modules_to_save); not supported yet",
-    "base_layer.weight": "a weight of the base model",
+    "base_layer.weight": (
+        "a copy of the base's own weight, which PEFT adds when a head is adapted and which would replace the base's. "
+        "Save the adapter again with save_pretrained(..., save_embedding_layers=False); or, if the base is the "
+        'published one, leave the copy out with Adapter.load(path, allow_unknown=("base_layer.weight",))'
+    ),
     "base_layer.lora_A": "a pair on a raw parameter (target_parameters); not supported yet",
     "base_layer.lora_B": "a pair on a raw parameter (target_parameters); not supported yet",
     "vera_lambda": "a VeRA vector; VeRA is not supported",
@@ -54,15 +58,22 @@ def to_tensors(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]
     }
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+def from_tensors(
+    tensors: Mapping[str, Tensor], *, leave_out: Collection[str] = ()
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Sort a file's tensors by module; modules come in the order of their paths, numbers counted as numbers.
 
+    Args:
+        leave_out: ends of names to pass over; only `base_layer.weight`, of an adapted layer, can be left out.
     Returns:
         The weights, and one finding for each kind of name that cannot be placed.
     """
     weights: dict[str, dict[str, Tensor]] = {}
     refused: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
+        copied = key.removesuffix(".base_layer.weight")
+        if "base_layer.weight" in leave_out and copied != key and f"{copied}.lora_A.weight" in tensors:
+            continue
         placed = _place(key)
         if isinstance(placed, str):
             refused.setdefault(placed, []).append(key)
