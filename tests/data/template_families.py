@@ -8,8 +8,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 SPECIALS = (
-    "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>",
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|endoftext|>",
 )
 _LINES = [
     "The answer is a yes and a no. What is the weather in the city of Paris today?",
@@ -24,8 +38,11 @@ _CHATML_OPEN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% 
 
 CHATML = _LOOP + _CHATML_TURN + _END + _CHATML_OPEN
 CHATML_DEFAULT = (
-    _LOOP + "{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are a bot<|im_end|>\n' }}{% endif %}"
-    + _CHATML_TURN + _END + _CHATML_OPEN
+    _LOOP
+    + "{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are a bot<|im_end|>\n' }}{% endif %}"
+    + _CHATML_TURN
+    + _END
+    + _CHATML_OPEN
 )
 CHATML_MARKERS = (
     _LOOP + "{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ m['content'] }}"
@@ -34,17 +51,23 @@ CHATML_MARKERS = (
 CHATML_STRIP = CHATML.replace("m['content']", "m['content'] | trim")
 CHATML_NO_END = CHATML.replace("<|im_end|>", "")
 CHATML_END_LAST = (
-    _LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
+    _LOOP
+    + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
     "{{ '<|im_end|>' }}{% endif %}" + _END + _CHATML_OPEN
 )
 MERGING = (
     _LOOP + "{% if loop.first or messages[loop.index0 - 1]['role'] != m['role'] %}"
     "{% if not loop.first %}{{ '<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% else %}{{ '\n\n' }}{% endif %}{{ m['content'] }}{% if loop.last %}{{ '<|im_end|>\n' }}{% endif %}" + _END + _CHATML_OPEN
+    "{% else %}{{ '\n\n' }}{% endif %}{{ m['content'] }}{% if loop.last %}{{ '<|im_end|>\n' }}{% endif %}"
+    + _END
+    + _CHATML_OPEN
 )
 LLAMA3 = (
-    "{{ bos_token }}" + _LOOP + "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + (m['content'] | trim) "
-    "+ '<|eot_id|>' }}" + _END
+    "{{ bos_token }}"
+    + _LOOP
+    + "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + (m['content'] | trim) "
+    "+ '<|eot_id|>' }}"
+    + _END
     + "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA2 = (
@@ -52,7 +75,8 @@ LLAMA2 = (
     "{% set talk = messages[1:] %}{% else %}{% set sys = '' %}{% set talk = messages %}{% endif %}"
     "{% for m in talk %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (sys if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (sys if loop.first else '') "
+    "+ m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}" + _END
 )
 MISTRAL = (
@@ -61,24 +85,31 @@ MISTRAL = (
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}" + _END
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    + _LOOP + "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (m['content'] | trim) "
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    + _LOOP
+    + "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (m['content'] | trim) "
     "+ '<end_of_turn>\n' }}" + _END + "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 PHI3 = (
-    _LOOP + "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}" + _END
+    _LOOP
+    + "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+    + _END
     + "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 ZEPHYR = (
-    _LOOP + "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}" + _END
+    _LOOP
+    + "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+    + _END
     + "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 QWEN3 = (
     "{% if tools %}{{ '<|im_start|>system\nTools:' }}{% for t in tools %}{{ '\n' + (t | tojson) }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif %}"
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}" + _LOOP
-    + "{% if m['role'] == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + m['content'] + '\n</tool_response><|im_end|>\n' }}"
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}" + _LOOP + "{% if m['role'] == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' "
+    "+ m['content'] + '\n</tool_response><|im_end|>\n' }}"
     "{% elif m['role'] == 'assistant' %}{% set c = m['content'] %}{% set think = m.reasoning_content or '' %}"
     "{% if '</think>' in c %}{% set think = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
@@ -89,7 +120,8 @@ QWEN3 = (
     "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}" + _END + _CHATML_OPEN
 )
 FORCED_THINKING = QWEN3.replace(
-    "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}", "add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}",
+    "add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}",
 )
 JOINED_ARGUMENTS = QWEN3.replace("(call.function | tojson)", "call.function.name + call.function.arguments")
 
@@ -101,14 +133,22 @@ def _trained() -> str:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(SPECIALS)
+        vocab_size=600,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(SPECIALS),
     )
     tokenizer.train_from_iterator(_LINES, trainer)
     return str(tokenizer.to_str())
 
 
 def family(
-    template: str | None, *, bos: str | None = "<s>", eos: str | None = "</s>", pad: str = "<pad>", trim_offsets: bool = True,
+    template: str | None,
+    *,
+    bos: str | None = "<s>",
+    eos: str | None = "</s>",
+    pad: str = "<pad>",
+    trim_offsets: bool = True,
     adds_bos: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A fresh tokenizer with this chat template; `trim_offsets` as GPT-2 (True) and Llama 3 (False) have it."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sideroad.data.batches import collate, plan_epoch
 from sideroad.data.encode import Encoded
 from sideroad.errors import ConfigError, DataError
@@ -13,14 +14,29 @@ LIMIT = st.one_of(st.none(), st.integers(1, 150))
 
 
 @settings(max_examples=150, deadline=None)
-@given(LENGTHS, st.one_of(st.none(), st.integers(1, 12)), LIMIT, st.integers(0, 5), st.integers(0, 5), st.booleans(), st.booleans())
+@given(
+    LENGTHS,
+    st.one_of(st.none(), st.integers(1, 12)),
+    LIMIT,
+    st.integers(0, 5),
+    st.integers(0, 5),
+    st.booleans(),
+    st.booleans(),
+)
 def test_an_epoch_is_a_partition_within_the_limits(
     lengths: list[int], batch_size: int | None, max_tokens: int | None, seed: int, epoch: int, group: bool, padded: bool
 ) -> None:
     if batch_size is None and max_tokens is None:
         batch_size = 3
-    plan = plan_epoch(lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed, epoch=epoch, group_by_length=group,
-                      padded=padded)
+    plan = plan_epoch(
+        lengths,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        seed=seed,
+        epoch=epoch,
+        group_by_length=group,
+        padded=padded,
+    )
     assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
     for batch in plan:
         assert batch
@@ -35,8 +51,11 @@ def test_the_order_is_written_in_stone() -> None:
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
-    plans = {(seed, epoch): tuple(plan_epoch([5] * 50, batch_size=4, seed=seed, epoch=epoch))
-             for seed in range(3) for epoch in range(3)}
+    plans = {
+        (seed, epoch): tuple(plan_epoch([5] * 50, batch_size=4, seed=seed, epoch=epoch))
+        for seed in range(3)
+        for epoch in range(3)
+    }
     assert len(set(plans.values())) == 9
     assert plans[1, 2] == tuple(plan_epoch([5] * 50, batch_size=4, seed=1, epoch=2))
 
@@ -66,7 +85,9 @@ ROWS = st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1
 
 @settings(max_examples=150, deadline=None)
 @given(ROWS, st.booleans())
-def test_targets_are_the_next_trained_token_of_the_same_sequence(rows: list[list[tuple[int, bool]]], packed: bool) -> None:
+def test_targets_are_the_next_trained_token_of_the_same_sequence(
+    rows: list[list[tuple[int, bool]]], packed: bool
+) -> None:
     examples = [Encoded([t for t, _ in row], [m for _, m in row], "x:1") for row in rows]
     batch = collate(examples, packed=packed, pad_id=0)
     lengths = [len(row) for row in rows]
@@ -76,14 +97,18 @@ def test_targets_are_the_next_trained_token_of_the_same_sequence(rows: list[list
     if packed:
         assert batch.attention_mask is None
         assert batch.input_ids.shape == (1, sum(lengths))
-        parts = [list(torch.split(tensor[0], lengths)) for tensor in (batch.input_ids, batch.targets, batch.position_ids)]
+        parts = [
+            list(torch.split(tensor[0], lengths)) for tensor in (batch.input_ids, batch.targets, batch.position_ids)
+        ]
     else:
         assert batch.attention_mask is not None
         assert batch.input_ids.shape == (len(rows), max(lengths))
         assert batch.attention_mask.sum(1).tolist() == lengths
         assert bool((batch.targets[batch.attention_mask == 0] == -100).all())
-        parts = [[row[:n] for row, n in zip(tensor, lengths, strict=True)]
-                 for tensor in (batch.input_ids, batch.targets, batch.position_ids)]
+        parts = [
+            [row[:n] for row, n in zip(tensor, lengths, strict=True)]
+            for tensor in (batch.input_ids, batch.targets, batch.position_ids)
+        ]
     trained = 0
     for row, ids, targets, positions in zip(rows, *parts, strict=True):
         assert ids.tolist() == [token for token, _ in row]
@@ -95,8 +120,11 @@ def test_targets_are_the_next_trained_token_of_the_same_sequence(rows: list[list
 
 
 def test_padding_equal_to_a_trained_token_is_no_target() -> None:
-    batch = collate([Encoded([1, 2], [False, True], "x:1"), Encoded([1, 3, 2, 2], [False, True, True, True], "x:2")],
-                    packed=False, pad_id=2)
+    batch = collate(
+        [Encoded([1, 2], [False, True], "x:1"), Encoded([1, 3, 2, 2], [False, True, True, True], "x:2")],
+        packed=False,
+        pad_id=2,
+    )
     assert batch.targets.tolist() == [[2, -100, -100, -100], [3, 2, 2, -100]]
     assert batch.trained_tokens == 4
 

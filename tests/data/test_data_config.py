@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from sideroad.config import validate
 from sideroad.data.config import DataConfig
 from sideroad.errors import ConfigError
@@ -39,5 +40,7 @@ def test_wrong_values(values: dict[str, object], words: str) -> None:
 
 
 def test_the_section_is_light_to_import() -> None:
-    code = "import sys, sideroad.data.config; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    code = (
+        "import sys, sideroad.data.config; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from sideroad.data.config import DataConfig
 from sideroad.data.formats import detect, read_examples
 from sideroad.data.messages import Example
@@ -39,7 +40,10 @@ def read(*values: dict[str, Any], templated: bool = True, **config: Any) -> tupl
         ({"input": "a", "output": "b"}, "prompt-completion (prompt ← input, completion ← output)"),
         ({"instruction": "a", "input": "", "output": "b"}, "alpaca (instruction, output, input)"),
         ({"instruction": "a", "output": "b", "text": "c"}, "alpaca (instruction, output); not used: text"),
-        ({"instruction": "a", "context": "", "response": "b"}, "alpaca (instruction, output ← response, input ← context)"),
+        (
+            {"instruction": "a", "context": "", "response": "b"},
+            "alpaca (instruction, output ← response, input ← context)",
+        ),
         ({"text": "a"}, "text (text)"),
         ({"text": "a", "url": "u"}, "text (text); not used: url"),
     ],
@@ -54,7 +58,10 @@ def test_the_format_is_seen_in_the_columns(row: dict[str, Any], described: str) 
     ("columns", "words"),
     [
         (["a", "b"], "unknown format; columns found: a, b (t.jsonl line 1)"),
-        (["text", "label"], "data.columns: {prompt: text, completion: label}; to train on the text alone: data.format: text"),
+        (
+            ["text", "label"],
+            "data.columns: {prompt: text, completion: label}; to train on the text alone: data.format: text",
+        ),
         (["text", "targets"], "To train on the text alone: data.format: text"),
         (["instruction", "input", "output", "rejected", "chosen"], "preference pairs"),
         (["prompt", "chosen", "rejected"], "set data.columns: {completion: chosen}"),
@@ -70,7 +77,9 @@ def test_an_unknown_format_lists_columns_and_needs(columns: list[str], words: st
 
 def test_two_formats_are_ambiguous() -> None:
     row = {"messages": CHAT, "prompt": "a", "completion": "b"}
-    with pytest.raises(DataError, match="the format is ambiguous, chat and prompt-completion fit; columns found: messages"):
+    with pytest.raises(
+        DataError, match=r"the format is ambiguous, chat and prompt-completion fit; columns found: messages"
+    ):
         read(row)
     assert read(row, format="chat")[0] == "chat (messages); not used: prompt, completion"
 
@@ -80,9 +89,18 @@ def test_columns_are_mapped() -> None:
     described, (example,) = read(row, columns={"prompt": "q", "completion": "sql"})
     assert described == "prompt-completion (prompt ← q, completion ← sql); not used: text"
     assert [m.content for m in example.messages] == ["a", "b"]
-    assert read({"instruction": "i", "input": "", "output": "o", "chosen": "c", "rejected": "r"},
-                columns={"output": "chosen"})[1][0].messages[1].content == "c"
-    assert read({"text": "a", "label": "b"}, columns={"prompt": "text", "completion": "label"})[0].startswith("prompt-comp")
+    assert (
+        read(
+            {"instruction": "i", "input": "", "output": "o", "chosen": "c", "rejected": "r"},
+            columns={"output": "chosen"},
+        )[1][0]
+        .messages[1]
+        .content
+        == "c"
+    )
+    assert read({"text": "a", "label": "b"}, columns={"prompt": "text", "completion": "label"})[0].startswith(
+        "prompt-comp"
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +117,9 @@ def test_a_wrong_mapping_is_explained(columns: dict[str, str], words: str) -> No
 
 
 def test_a_named_format_needs_its_columns() -> None:
-    with pytest.raises(DataError, match="data.format: alpaca needs the column instruction and output; columns found: text"):
+    with pytest.raises(
+        DataError, match=r"data.format: alpaca needs the column instruction and output; columns found: text"
+    ):
         read({"text": "a"}, format="alpaca")
 
 
@@ -109,7 +129,10 @@ def test_alpaca_with_and_without_a_template() -> None:
     assert read({**row, "input": " "})[1][0].messages[0].content == "Do"
     plain = read(row, templated=False)[1][0].messages[0].content
     assert plain == "### Instruction:\nDo\n\n### Input:\nthis\n\n### Response:\n"
-    assert read({**row, "input": ""}, templated=False)[1][0].messages[0].content == "### Instruction:\nDo\n\n### Response:\n"
+    assert (
+        read({**row, "input": ""}, templated=False)[1][0].messages[0].content
+        == "### Instruction:\nDo\n\n### Response:\n"
+    )
 
 
 def test_pairs_of_message_lists_train_on_the_completion_only() -> None:
@@ -137,10 +160,10 @@ def test_a_message_without_content_names_the_line() -> None:
 
 
 def test_many_bad_rows_are_cut_at_twenty() -> None:
-    with pytest.raises(DataError, match="… and 10 more"):
+    with pytest.raises(DataError, match=r"… and 10 more"):
         read(*[{"prompt": "a", "completion": 1}] * 30)
 
 
 def test_an_empty_text_row_is_refused() -> None:
-    with pytest.raises(DataError, match='t.jsonl line 1: "text" is empty'):
+    with pytest.raises(DataError, match=r't.jsonl line 1: "text" is empty'):
         read({"text": " "})

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from sideroad.data.sources import Source, read_source
 from sideroad.errors import DataError
 
@@ -51,7 +52,9 @@ def test_every_kind_of_file_knows_its_lines(tmp_path: Path, name: str, text: str
 def test_csv_quoting(tmp_path: Path) -> None:
     put(tmp_path, "a.csv", 'prompt,completion\n"a\nb",c\n\nd,"e,""f"""\n')
     assert [dict(row.values) for row in read("a.csv", tmp_path).rows] == [
-        {"prompt": "a\nb", "completion": "c"}, {"prompt": "d", "completion": 'e,"f"'}]
+        {"prompt": "a\nb", "completion": "c"},
+        {"prompt": "d", "completion": 'e,"f"'},
+    ]
 
 
 def test_parquet_and_gzip(tmp_path: Path) -> None:
@@ -109,14 +112,24 @@ def test_the_first_twenty_problems_come_at_once(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_near_ones(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", LINE)
-    with pytest.raises(DataError, match=r'no data at "trian.jsonl": there is no "trian.jsonl" in .*Did you mean \'train.jsonl\''):
+    with pytest.raises(
+        DataError, match=r'no data at "trian.jsonl": there is no "trian.jsonl" in .*Did you mean \'train.jsonl\''
+    ):
         read("trian.jsonl", tmp_path)
     with pytest.raises(DataError, match=r'there is no "quick" in .* It holds: train.jsonl'):
         read("quick/train.jsonl", tmp_path)
 
 
 def test_a_directory_gives_each_split_its_own(tmp_path: Path) -> None:
-    for name in ("train-0.jsonl", "train-1.jsonl", "validation.jsonl", "test.jsonl", "LICENSE.txt", "SOURCE.md", ".hidden.jsonl"):
+    for name in (
+        "train-0.jsonl",
+        "train-1.jsonl",
+        "validation.jsonl",
+        "test.jsonl",
+        "LICENSE.txt",
+        "SOURCE.md",
+        ".hidden.jsonl",
+    ):
         put(tmp_path, name, LINE)
     assert list(read(tmp_path).files) == ["train-0.jsonl", "train-1.jsonl"]
     assert list(read(tmp_path, split="validation").files) == ["validation.jsonl"]
@@ -149,7 +162,9 @@ def test_a_directory_of_texts(tmp_path: Path) -> None:
         ("hub:squad", ("squad", None, "train")),
     ],
 )
-def test_a_hub_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, expected: tuple[str, str | None, str]) -> None:
+def test_a_hub_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, expected: tuple[str, str | None, str]
+) -> None:
     import datasets
 
     seen: list[Any] = []
@@ -172,8 +187,11 @@ def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_pa
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r'"owner/set" is no file or directory here, and as a hub set \(split "train"\) it could not '
-                                        r"be read offline: ConnectionError: no route"):
+    with pytest.raises(
+        DataError,
+        match=r'"owner/set" is no file or directory here, and as a hub set \(split "train"\) it could not '
+        r"be read offline: ConnectionError: no route",
+    ):
         read("owner/set", tmp_path, offline=True)
 
 

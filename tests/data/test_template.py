@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import template_families as families
+
 from sideroad.data.config import DataConfig
 from sideroad.data.messages import Message
 from sideroad.data.template import encode_prompt, open_template
@@ -43,7 +44,9 @@ def test_system_none_keeps_bos() -> None:
     assert rendered(template, "none") == "<s>" + REST
 
 
-@pytest.mark.parametrize("template", [families.LLAMA2, families.MISTRAL, families.GEMMA, families.PHI3, families.LLAMA3])
+@pytest.mark.parametrize(
+    "template", [families.LLAMA2, families.MISTRAL, families.GEMMA, families.PHI3, families.LLAMA3]
+)
 def test_system_none_changes_nothing_where_there_is_no_default(template: str) -> None:
     assert rendered(template, "none") == rendered(template, None)
 
@@ -56,19 +59,28 @@ def test_a_rows_own_system_message_stays(system: str | None) -> None:
 
 def test_system_none_says_when_it_is_impossible() -> None:
     stuck = "Be good.\n" + families.CHATML
-    stuck = stuck.replace("{% for m in messages %}", "{% for m in messages %}{% if m['role'] == 'system' %}"
-                          "{{ raise_exception('no system') }}{% endif %}", 1)
-    with pytest.raises(DataError, match=r'system: none is impossible with this chat template: it opens .* with "Be good'):
+    stuck = stuck.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+        1,
+    )
+    with pytest.raises(
+        DataError, match=r'system: none is impossible with this chat template: it opens .* with "Be good'
+    ):
         rendered(stuck, "none")
 
 
 def test_a_system_message_without_a_place_is_refused() -> None:
-    with pytest.raises(DataError, match="takes no system message; remove data.system .*System role not supported"):
+    with pytest.raises(DataError, match=r"takes no system message; remove data.system .*System role not supported"):
         rendered(families.GEMMA, "be kind")
     with pytest.raises(DataError, match="leaves system messages out"):
-        rendered(families.CHATML.replace("{{ '<|im_start|>' + m", "{% if m['role'] != 'system' %}{{ '<|im_start|>' + m")
-                 .replace("'<|im_end|>\n' }}", "'<|im_end|>\n' }}{% endif %}", 1), "be kind")
-    with pytest.raises(DataError, match="no chat template, so a system message has no place"):
+        rendered(
+            families.CHATML.replace(
+                "{{ '<|im_start|>' + m", "{% if m['role'] != 'system' %}{{ '<|im_start|>' + m"
+            ).replace("'<|im_end|>\n' }}", "'<|im_end|>\n' }}{% endif %}", 1),
+            "be kind",
+        )
+    with pytest.raises(DataError, match=r"no chat template, so a system message has no place"):
         rendered(None, "be kind")
 
 
@@ -96,7 +108,9 @@ def test_without_a_template_texts_are_joined() -> None:
     assert rendered(None, None) == "a yes?no</s>"
     assert rendered(None, None, adds_bos=True) == "<s>a yes?no</s>"
     assert rendered(None, None, [Message("user", "<s>a"), TALK[1]], adds_bos=True) == "<s>ano</s>"
-    with pytest.raises(DataError, match=r"no chat template, so only a prompt with its completion .*user, assistant, user"):
+    with pytest.raises(
+        DataError, match=r"no chat template, so only a prompt with its completion .*user, assistant, user"
+    ):
         rendered(None, None, [*TALK, TALK[0]])
 
 

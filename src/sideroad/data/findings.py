@@ -93,7 +93,7 @@ _BY_REMARK: Mapping[str, tuple[Severity, str]] = {
     "joined-token": ("warning", "{rows} in which an answer begins inside a token, which is not trained; "
                      "end prompts without a space, or begin answers without one"),
     "empty-answer": ("warning", "{rows} with an empty answer"),
-    "lost-content": ("warning", "{rows} with text that the chat template does not show (thinking removed or rewritten)"),
+    "lost-content": ("warning", "{rows} with text that the chat template does not show (thinking removed, rewriting)"),
     "rewritten-content": ("note", "{rows} with white space that the chat template changes"),
     "special-token": ("warning", "{rows} with a special token written out in a message; it acts as that token"),
 }
@@ -150,11 +150,11 @@ def _whole(
         findings.append(Finding("everything-trained-at-all", "error",
                                 "no row has anything before its answer, so every token would be trained on; check the "
                                 "columns, or set data.train_on: all, or data.format: text"))
-    ends = used and not any(_ends(outcome, template) for outcome in used)
-    if ends:
-        why = (f"the end of turn {template.turn_end!r} is trained in no row" if template.turn_end
-               else "the chat template ends an answer without an end-of-turn token of the tokenizer" if template.chat
-               else "the tokenizer has no EOS token")
+    if used and not any(_ends(outcome, template) for outcome in used):
+        end = template.turn_end if chats else template.tokenizer.eos_token
+        why = (f"the end of turn {end!r} is trained in no row" if end
+               else "the chat template ends an answer without an end-of-turn token of the tokenizer"
+               if template.chat and chats else "the tokenizer has no EOS token")
         findings.append(Finding("end-of-turn-untrained", "error",
                                 f"{why}, so the model would never learn to stop; mend the tokenizer or set "
                                 "data.chat_template"))
@@ -172,9 +172,10 @@ def _whole(
 
 
 def _ends(outcome: Outcome, template: Template) -> bool:
-    if template.turn_end is None:
+    end = template.turn_end if outcome.example.text is None else template.tokenizer.eos_token
+    if end is None:
         return False
-    wanted = template.tokenizer.convert_tokens_to_ids(template.turn_end)
+    wanted = template.tokenizer.convert_tokens_to_ids(end)
     return any(trained and token == wanted
                for item in outcome.encoded for token, trained in zip(item.ids, item.trained, strict=True))
 
