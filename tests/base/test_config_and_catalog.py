@@ -1,0 +1,61 @@
+"""The base section and the list of named models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sideroad.base.catalog import CATALOG
+from sideroad.base.config import BaseConfig
+from sideroad.config import validate
+from sideroad.errors import ConfigError
+
+
+def test_a_base_needs_only_a_model() -> None:
+    config = BaseConfig(model="smollm2-135m-instruct")
+    assert (config.revision, config.quantize, config.dtype, config.device) == (None, None, "auto", "auto")
+
+
+def test_every_wrong_value_is_reported_at_once() -> None:
+    values = {"model": " ", "modle": "x", "quantize": "nf4", "device": "gpu", "dtype": "half"}
+    with pytest.raises(ConfigError) as caught:
+        validate(BaseConfig, values, "recipe.yaml")
+    message = str(caught.value)
+    assert 'unknown key "modle". Did you mean "model"?' in message
+    assert "the model is empty" in message
+    assert "quantised bases are not supported; use null" in message
+    assert "a device is auto, cpu, mps, cuda or cuda:N" in message
+    assert "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'" in message
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:11"])
+def test_devices_by_name(device: str) -> None:
+    assert BaseConfig(model="x", device=device).device == device
+
+
+@pytest.mark.parametrize("model", CATALOG.values(), ids=CATALOG)
+def test_catalogue_entries_are_complete(model) -> None:
+    assert len(model.wheel_sha256) == len(model.weights_sha256) == 64
+    assert model.licence == "apache-2.0"
+    assert model.config()["architectures"]
+    assert model.source == f"{model.package} {model.version}"
+
+
+def test_the_light_names_import_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from sideroad.base import BaseConfig, CATALOG, cache_dir, cached; cached('smollm2-135m-instruct');"
+        "CATALOG['smollm2-135m-instruct'].config();"
+        "import sideroad.base.locate;"
+        "print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_a_name_that_does_not_exist() -> None:
+    import sideroad.base
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sideroad.base.nothing  # noqa: B018
