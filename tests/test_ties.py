@@ -1,0 +1,138 @@
+"""ties: a head that shares the embedding's weight parts from it when merged; other sharing is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_attach import IDS, fill
+from tiny import tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from sideroad.attach import Attached, attach
+from sideroad.config import AdapterConfig
+from sideroad.errors import MergeError
+
+
+def tied() -> tuple[Any, Attached]:
+    model = tiny_llama(tie_word_embeddings=True)
+    handle = attach(model, AdapterConfig(targets=("lm_head", "q_proj")))
+    fill(handle)
+    return model, handle
+
+
+def test_merging_a_tied_head_leaves_the_embedding() -> None:
+    model, handle = tied()
+    embedding = model.model.embed_tokens.weight
+    before, apart = embedding.detach().clone(), model(IDS).logits
+    assert model.lm_head.weight is embedding
+    handle.merge()
+    assert handle.untied == ("lm_head",)
+    assert model.lm_head.weight is not embedding
+    assert torch.equal(embedding, before)
+    assert model.config.tie_word_embeddings is False
+    torch.testing.assert_close(model(IDS).logits, apart, rtol=1e-5, atol=1e-5)
+    with handle.disabled():
+        base = model(IDS).logits
+    handle.unmerge()
+    assert handle.untied == ()
+    assert model.lm_head.weight is model.model.embed_tokens.weight is embedding
+    assert torch.equal(embedding, before)
+    assert model.config.tie_word_embeddings is True
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    with handle.disabled():
+        assert torch.equal(model(IDS).logits, base)
+    torch.testing.assert_close(model(IDS).logits, apart)
+
+
+def test_merged_tied_model_survives_its_files(tmp_path: Path) -> None:
+    _, handle = tied()
+    plain = handle.merge_and_unload()
+    assert handle.untied == ("lm_head",)
+    expected = plain(IDS).logits
+    plain.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, expected)
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
+
+
+def test_merging_other_layers_keeps_the_tie(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    handle = attach(model, AdapterConfig())
+    fill(handle)
+    handle.merge()
+    assert handle.untied == ()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
+
+
+def test_head_tied_along_with_others_keeps_the_flag(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fields = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    model: Any = T5ForConditionalGeneration(T5Config(**fields, decoder_start_token_id=0)).eval()
+    assert model.lm_head.weight is model.shared.weight
+    handle = attach(model, AdapterConfig(targets="lm_head"))
+    fill(handle)
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
+    apart = model(**inputs).logits
+    plain: Any = handle.merge_and_unload()
+    torch.testing.assert_close(plain(**inputs).logits, apart, rtol=1e-5, atol=1e-5)
+    plain.save_pretrained(tmp_path)
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(**inputs).logits, apart, rtol=1e-5, atol=1e-5)
+
+
+def replicated() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, 9))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_replicated_layers_attach_but_do_not_merge() -> None:
+    model = replicated()
+    handle = attach(model, AdapterConfig(targets=("0", "1")))
+    fill(handle)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(
+        MergeError, match=r"0.weight, 2.weight are one tensor in memory \(replicated or shared layers\)"
+    ):
+        handle.merge()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    handle.detach()
+    attach(model, AdapterConfig(targets="1")).merge()
+
+
+def test_overlapping_views_of_one_buffer_are_sharing_too() -> None:
+    model = nn.Sequential(nn.Linear(9, 9, bias=False), nn.Linear(9, 9, bias=False))
+    buffer = torch.randn(14, 9)
+    model[0].weight = nn.Parameter(buffer[:9])
+    model[1].weight = nn.Parameter(buffer[5:])
+    with pytest.raises(MergeError, match="one tensor in memory"):
+        attach(model, AdapterConfig(targets="0")).merge()
+    buffer = torch.randn(18, 9)
+    apart = nn.Sequential(nn.Linear(9, 9, bias=False), nn.Linear(9, 9, bias=False))
+    apart[0].weight, apart[1].weight = nn.Parameter(buffer[:9]), nn.Parameter(buffer[9:])
+    attach(apart, AdapterConfig(targets="0")).merge()
+
+
+def test_shared_module_is_one_layer_and_merges() -> None:
+    layer = nn.Linear(9, 9)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    handle = attach(model, AdapterConfig(targets="0"))
+    fill(handle)
+    x = torch.randn(2, 9)
+    apart = model(x)
+    handle.merge()
+    torch.testing.assert_close(model(x), apart)
+
+
+def test_moved_model_ties_again() -> None:
+    model, handle = tied()
+    handle.merge()
+    model.to(torch.bfloat16)
+    handle.unmerge()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.bfloat16
