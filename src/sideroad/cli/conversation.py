@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sideroad.base import generate
+from sideroad.cli.render import visible
 from sideroad.cli.session import Session
 from sideroad.data.template import encode_prompt
 from sideroad.errors import SideroadError, did_you_mean
@@ -142,7 +143,7 @@ def talk(conversation: Conversation) -> None:
             _say(told, person)
             continue
         try:
-            conversation.answer(line, _write)
+            conversation.answer(line, _show if person else _write)
         except SideroadError as error:
             _say(f"error: {error}", person)
             continue
@@ -174,6 +175,10 @@ def _edit_lines() -> None:
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it is what turns it on
+
+
+def _show(text: str) -> None:
+    _write(visible(text))
 
 
 def _write(text: str) -> None:

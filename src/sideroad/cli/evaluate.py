@@ -100,14 +100,9 @@ def _settings(
 ) -> tuple[DataConfig, EvaluateConfig]:
     """What to score and how: the adapter's recipe, changed by the options; `data.train` is what gets scored."""
     from sideroad.cli.session import recipe_values
-    from sideroad.cli.settings import change
-    from sideroad.config import Settings, validate
+    from sideroad.cli.settings import Scored, change
+    from sideroad.config import validate
     from sideroad.errors import ConfigError
-    from sideroad.train.evaluate_config import EvaluateConfig
-
-    class Chosen(Settings):
-        data: DataConfig
-        evaluate: EvaluateConfig = EvaluateConfig()
 
     written = recipe_values(directory, adapter)
     section = dict(written.get("data") or {})
@@ -123,7 +118,7 @@ def _settings(
         section |= {"format": "auto"} if not section.get("columns") else {}
     values = {"data": section, "evaluate": dict(written.get("evaluate") or {})}
     options = [(f"evaluate.{key}", value) for key, value in given.items() if value is not None]
-    chosen = validate(Chosen, change(values, options, overrides), "the adapter's recipe and the command line")
+    chosen = validate(Scored, change(values, options, overrides), "the adapter's recipe and the command line")
     return chosen.data, chosen.evaluate
 
 

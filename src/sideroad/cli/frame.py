@@ -40,9 +40,10 @@ def write_examples(epilog: str | None, formatter: Any) -> None:
 
 
 class Verb(TyperCommand):
-    """A command with examples below its help, whose errors become `error: …` on stderr and an exit code, without a traceback unless asked for.
+    """A command with examples below its help, whose errors become `error: …` on stderr and an exit code.
 
-    The codes are those in `sideroad.errors`, 130 for an interrupt and 141 for a reader that went away.
+    The codes are those in `sideroad.errors`, 130 for an interrupt and 141 for a reader that went away. A traceback
+    appears only where `--debug` or SIDEROAD_DEBUG asks for it.
     """
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
@@ -56,28 +57,30 @@ class Verb(TyperCommand):
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except SideroadError as error:
-            code, message = error.exit_code, str(error)
-        except KeyboardInterrupt as interrupt:
-            code, message = INTERRUPTED, str(interrupt) or "interrupted"
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(BROKEN_PIPE) from None
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if _from_parser(error):
                 raise
-            code, message = UNEXPECTED, _unexpected(error, debug)
-        if debug:
-            traceback.print_exc()
-        typer.echo(message if code == INTERRUPTED else f"error: {message}", err=True)
+            if debug:
+                traceback.print_exc()
+            code, message = _explain(error, debug)
+        typer.echo(message, err=True)
         raise typer.Exit(code)
 
 
-def _from_parser(error: Exception) -> bool:
+def _explain(error: BaseException, debug: bool) -> tuple[int, str]:
+    """Exit code and message."""
+    if isinstance(error, SideroadError):
+        return error.exit_code, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, str(error) or "interrupted"
+    what = f"error: {type(error).__name__}: {error}" if str(error) else f"error: {type(error).__name__}"
+    advice = "" if debug else "\n  This is not an error sideroad expected; --debug shows where it came from."
+    return UNEXPECTED, what + advice
+
+
+def _from_parser(error: BaseException) -> bool:
     """Exit, Abort and usage errors are the parser's own, and it reports them."""
     return isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message")
-
-
-def _unexpected(error: Exception, debug: bool) -> str:
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return what if debug else f"{what}\n  This is not an error sideroad expected; --debug shows where it came from."

@@ -98,10 +98,13 @@ def _print(console: Console, data: Loaded, samples: list[PreviewSample]) -> None
 def _print_sample(console: Console, sample: PreviewSample) -> None:
     from rich.text import Text
 
+    from sideroad.cli import render
+
     coloured = console.color_system is not None and not console.no_color
     begin, end = ("⟦", "⟧") if console.encoding.startswith("utf") else ("[[", "]]")
     text = Text()
-    for piece, trained in sample.runs:
+    for run_text, trained in sample.runs:
+        piece = render.visible(run_text)
         if not trained:
             text.append(piece, style="dim" if coloured else "")
         elif coloured:

@@ -42,7 +42,7 @@ class Bar:
             now = self._clock()
             if now - self._last_line >= self.every_seconds or (total is not None and done >= total):
                 self._last_line = now
-                self.say(f"{what}  {text}")
+                self.say(f"{what}  {text}".rstrip())
 
     def say(self, line: str) -> None:
         """Print a line that stays, above the bar where there is one."""
@@ -92,7 +92,7 @@ class Pace:
     def tokens_per_second(self) -> float:
         """Trained tokens per second."""
         seconds = sum(step[0] for step in self._steps)
-        return sum(step[1] for step in self._steps) / seconds if seconds > 0 else float("inf")
+        return sum(step[1] for step in self._steps) / seconds if seconds > 0 else 0.0
 
     def remaining(self, steps: int) -> float:
         """Seconds that `steps` more steps take at this pace."""

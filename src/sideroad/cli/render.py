@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_WIDTH = 160
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 def console(*, to_stderr: bool = False) -> Console:
@@ -55,8 +57,13 @@ def side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table
     for column in columns:
         result.add_column(column, ratio=1, overflow="fold")
     for row in rows:
-        result.add_row(*(Text(cell) for cell in row))
+        result.add_row(*(Text(visible(cell)) for cell in row))
     return result
+
+
+def visible(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but tab and line end become their pictures."""
+    return text.translate(_PICTURES)
 
 
 def count(number: float) -> str:

@@ -67,5 +67,5 @@ def print_samples(console: Console, rows: Sequence[tuple[str, str, str, str]]) -
         return
     for row in rows:
         for name, text in zip(columns, row, strict=True):
-            console.print(f"{name:<10}{text}", soft_wrap=True)
+            console.print(f"{name:<10}{render.visible(text)}", soft_wrap=True)
         console.print()

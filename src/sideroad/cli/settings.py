@@ -7,8 +7,24 @@ from typing import Any
 
 import yaml
 
+from sideroad.config import AdapterConfig, Settings
+from sideroad.data.config import DataConfig
 from sideroad.errors import ConfigError, did_you_mean, raise_findings
+from sideroad.train.evaluate_config import EvaluateConfig
 from sideroad.train.recipe import parse_value
+
+
+class Adapted(Settings):
+    """The section of a recipe that `targets` reads."""
+
+    adapter: AdapterConfig = AdapterConfig()
+
+
+class Scored(Settings):
+    """The sections of a recipe that `evaluate` reads; `data.train` is what gets scored."""
+
+    data: DataConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 def change(

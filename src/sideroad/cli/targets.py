@@ -88,13 +88,10 @@ def _split(patterns: Sequence[str] | None) -> list[str] | None:
 
 
 def _configure(start: dict[str, Any], options: list[tuple[str, Any]], overrides: Sequence[str]) -> AdapterConfig:
-    from sideroad.cli.settings import change
-    from sideroad.config import AdapterConfig, Settings, validate
+    from sideroad.cli.settings import Adapted, change
+    from sideroad.config import validate
 
-    class Choice(Settings):
-        adapter: AdapterConfig = AdapterConfig()
-
-    return validate(Choice, change(start, options, overrides), "the command line").adapter
+    return validate(Adapted, change(start, options, overrides), "the command line").adapter
 
 
 def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:

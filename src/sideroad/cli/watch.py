@@ -70,8 +70,9 @@ class Watch:
         total = self.planned.steps if self.planned else step.step
         self.last_step = step.step
         self._pace.add(step.seconds, step.trained_tokens)
+        rate = render.count(round(self._pace.tokens_per_second))
         text = (
-            f"{step.step}/{total}  loss {step.loss:.4f}  {render.count(self._pace.tokens_per_second)} trained tok/s  "
+            f"{step.step}/{total}  loss {step.loss:.4f}  {rate} trained tok/s  "
             f"ETA {render.duration(self._pace.remaining(total - step.step))}  {render.size(step.peak_bytes)}"
         )
         self.bar.show("training", step.step, total, text)

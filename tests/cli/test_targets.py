@@ -1,0 +1,74 @@
+"""`sideroad targets`: counts from the configuration alone, choices, and near misses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from terminal import call
+
+
+def test_table_and_totals(place: Path) -> None:
+    spoken = call("targets", place / "tiny-llama", "--targets", "q_proj,v_proj", "--rank", "4")
+    assert spoken.code == 0, spoken.err
+    lines = [line.split() for line in spoken.out.splitlines()]
+    assert ["q_proj", "2", "32", "x", "32", "4", "16", "512"] in lines
+    assert ["v_proj", "2", "16", "x", "32", "4", "16", "384"] in lines
+    assert "4 layers, 896 trainable parameters, 2.55 % of the base" in spoken.out
+    assert "3.6 kB in float32, 1.8 kB in bfloat16" in spoken.out.replace("3.58", "3.6").replace("1.79", "1.8")
+
+
+def test_named_models_need_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDEROAD_CACHE", str(tmp_path / "cache"))
+    shown = json.loads(call("targets", "smollm2-135m-instruct", "--offline", "--json").out)
+    assert shown["base_parameters"] == 134_515_008
+    assert shown["trainable_parameters"] == 2_442_240
+    assert len(shown["paths"]) == 30 * 7
+    assert not (tmp_path / "cache").exists()
+
+
+def test_recipe_layers_exclude_and_set(place: Path) -> None:
+    spoken = call(
+        "targets", "--recipe", place / "task.yaml", "--layers", "1", "--exclude", "*.mlp.*",
+        "--set", "adapter.rank_pattern={q_proj: 2}", "--json",
+    )  # fmt: skip
+    shown = json.loads(spoken.out)
+    assert {group["name"]: (group["layers"], group["rank"]) for group in shown["groups"]} == {
+        "q_proj": (1, 2), "k_proj": (1, 4), "v_proj": (1, 4), "o_proj": (1, 4),
+    }  # fmt: skip
+    assert all(".1." in entry["path"] for entry in shown["paths"])
+
+
+def test_all_lists_every_path(place: Path) -> None:
+    spoken = call("targets", place / "tiny-llama", "--all")
+    assert "model.layers.1.mlp.down_proj  rank 8" in spoken.out
+
+
+def test_a_regular_expression_keeps_its_commas(place: Path) -> None:
+    shown = json.loads(call("targets", place / "tiny-llama", "--targets", r"re:.*\.q_pro{1,2}j", "--json").out)
+    assert [group["name"] for group in shown["groups"]] == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--targets", "q_projj"], 5, 'Did you mean "q_proj"?'),
+        (["--rank", "0"], 2, "adapter.method.rank"),
+        (["--rank", "64"], 5, "rank 64 is larger than"),
+        (["--set", "optim.lr=1"], 2, "adapter.…"),
+        (["--set", "adapter.bais=all"], 2, 'Did you mean "bias"?'),
+        (["--layers", "7"], 5, "has blocks 0-1 only"),
+    ],
+)
+def test_wrong_choices(place: Path, arguments: list[str], code: int, words: str) -> None:
+    spoken = call("targets", place / "tiny-llama", *arguments)
+    assert spoken.code == code
+    assert words in spoken.err
+
+
+def test_either_a_model_or_a_recipe(place: Path) -> None:
+    for arguments in ([], [str(place / "tiny-llama"), "--recipe", str(place / "task.yaml")]):
+        spoken = call("targets", *arguments)
+        assert spoken.code == 2
+        assert "either a MODEL or --recipe" in spoken.err
