@@ -1,0 +1,180 @@
+"""What is in an adapter directory: files, base, configuration, counts, ranks, scales, norms and spectra."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sideroad.adapter import Adapter, BaseRecord
+from sideroad.analyze.spectrum import effective_rank, stable_rank
+from sideroad.config import AdapterConfig
+from sideroad.files import JSON
+from sideroad.targets import alpha_of
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """A file of the directory and its size in bytes."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One adapted module; norms are Frobenius norms, `norm` and the spectrum those of s·B·A.
+
+    Args:
+        effective_rank: exp of the entropy of the singular values; 0 where the product is zero.
+        stable_rank: squared Frobenius norm over squared largest singular value; 0 where the product is zero.
+        largest: the largest singular value, that is the spectral norm.
+    """
+
+    path: str
+    out_features: int
+    in_features: int
+    rank: int
+    alpha: float
+    scale: float
+    dtype: str
+    parameters: int
+    norm: float
+    norm_a: float
+    norm_b: float
+    effective_rank: float
+    stable_rank: float
+    largest: float
+
+    @property
+    def leaf(self) -> str:
+        """Last name of the path."""
+        return self.path.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """All adapted modules of one leaf name; values without a bound in their name are means."""
+
+    leaf: str
+    modules: int
+    parameters: int
+    rank_min: int
+    rank_max: int
+    norm: float
+    norm_max: float
+    effective_rank: float
+    stable_rank: float
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """Everything `inspect_adapter` finds; `biases` maps module paths to the norms of their trained biases."""
+
+    path: str
+    files: tuple[FileReport, ...]
+    base: BaseRecord | None
+    task_type: str | None
+    config: AdapterConfig
+    parameters: int
+    tensor_bytes: int
+    dtypes: dict[str, int]
+    modules: tuple[ModuleReport, ...]
+    groups: tuple[GroupReport, ...]
+    biases: dict[str, float]
+    foreign: dict[str, JSON]
+    manifest: dict[str, JSON]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {**asdict(self), "config": self.config.model_dump(mode="json")}
+
+
+def inspect_adapter(path: str | os.PathLike[str], *, allow_unknown: tuple[str, ...] = ()) -> AdapterReport:
+    """Read an adapter directory and measure what is in it.
+
+    Args:
+        allow_unknown: as in `Adapter.load`.
+    Raises:
+        AdapterError: the directory cannot be read as an adapter.
+    """
+    directory = Path(path)
+    adapter = Adapter.load(directory, allow_unknown=allow_unknown)
+    tensors = [tensor for leaves in adapter.weights.values() for tensor in leaves.values()]
+    modules = tuple(_module(adapter, name) for name in adapter.paths)
+    return AdapterReport(
+        path=str(directory),
+        files=tuple(
+            FileReport(file.name, file.stat().st_size) for file in sorted(directory.iterdir()) if file.is_file()
+        ),
+        base=adapter.base,
+        task_type=adapter.task_type,
+        config=adapter.config,
+        parameters=adapter.parameters,
+        tensor_bytes=sum(tensor.numel() * tensor.itemsize for tensor in tensors),
+        dtypes=dict(Counter(_name(tensor) for tensor in tensors)),
+        modules=modules,
+        groups=_groups(modules),
+        biases={name: _norm(leaves["bias"]) for name, leaves in adapter.weights.items() if "bias" in leaves},
+        foreign=dict(adapter.foreign),
+        manifest=dict(adapter.manifest),
+    )
+
+
+def _module(adapter: Adapter, path: str) -> ModuleReport:
+    A, B = (adapter.weights[path][leaf] for leaf in ("A", "B"))
+    values = adapter.lower(path).singular_values().double()
+    return ModuleReport(
+        path=path,
+        out_features=B.shape[0],
+        in_features=A.shape[1],
+        rank=A.shape[0],
+        alpha=alpha_of(adapter.config, path),
+        scale=adapter.scale(path),
+        dtype=_name(A),
+        parameters=A.numel() + B.numel(),
+        norm=float(values.square().sum().sqrt()),
+        norm_a=_norm(A),
+        norm_b=_norm(B),
+        effective_rank=effective_rank(values),
+        stable_rank=stable_rank(values),
+        largest=float(values.max()),
+    )
+
+
+def _groups(modules: Iterable[ModuleReport]) -> tuple[GroupReport, ...]:
+    by_leaf: dict[str, list[ModuleReport]] = {}
+    for module in modules:
+        by_leaf.setdefault(module.leaf, []).append(module)
+    return tuple(
+        GroupReport(
+            leaf=leaf,
+            modules=len(found),
+            parameters=sum(module.parameters for module in found),
+            rank_min=min(module.rank for module in found),
+            rank_max=max(module.rank for module in found),
+            norm=_mean(module.norm for module in found),
+            norm_max=max(module.norm for module in found),
+            effective_rank=_mean(module.effective_rank for module in found),
+            stable_rank=_mean(module.stable_rank for module in found),
+        )
+        for leaf, found in by_leaf.items()
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

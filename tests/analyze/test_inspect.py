@@ -1,0 +1,77 @@
+"""Reports on adapter directories."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from sideroad.adapter import Adapter, BaseRecord
+from sideroad.analyze.inspect import inspect_adapter
+from sideroad.analyze.spectrum import effective_rank, stable_rank
+from sideroad.config import AdapterConfig, LoraMethod
+from sideroad.errors import AdapterError
+
+WEIGHTS = {
+    "m.0.q": {"A": torch.eye(2, 5), "B": 3 * torch.eye(4, 2)},
+    "m.1.q": {"A": torch.eye(4, 5), "B": torch.zeros(4, 4)},
+    "m.0.v": {"A": torch.eye(2, 5).bfloat16(), "B": torch.tensor([[2.0, 0], [0, 0]]).bfloat16()},
+    "m.norm": {"bias": torch.tensor([3.0, 4.0])},
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    config = AdapterConfig(targets=("q", "v"), bias="all", rank_pattern={"m.1.q": 4}, alpha_pattern={"v": 6},
+                           method=LoraMethod(rank=2, alpha=4))  # fmt: skip
+    Adapter(config, WEIGHTS, BaseRecord("tiny"), manifest={"score": 1}).save(tmp_path / "a", card="x")
+    return tmp_path / "a"
+
+
+def test_counts_files_and_groups(directory: Path) -> None:
+    report = inspect_adapter(directory)
+    assert [file.name for file in report.files] == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "sideroad.json",
+    ]  # fmt: skip
+    assert report.files[0].bytes == 1
+    assert report.parameters == 18 + 36 + 14 + 2
+    assert report.tensor_bytes == 4 * (18 + 36 + 2) + 2 * 14
+    assert report.dtypes == {"float32": 5, "bfloat16": 2}
+    assert report.biases == {"m.norm": 5.0}
+    q = next(group for group in report.groups if group.leaf == "q")
+    assert (q.modules, q.parameters, q.rank_min, q.rank_max) == (2, 54, 2, 4)
+    assert (q.norm, q.norm_max) == (pytest.approx(3 * math.sqrt(2)), pytest.approx(6 * math.sqrt(2)))
+
+
+def test_norms_and_spectra_are_those_of_the_scaled_product(directory: Path) -> None:
+    modules = {module.path: module for module in inspect_adapter(directory).modules}
+    full, zero, single = modules["m.0.q"], modules["m.1.q"], modules["m.0.v"]
+    assert (full.out_features, full.in_features, full.rank, full.alpha, full.scale) == (4, 5, 2, 4, 2)
+    assert (full.norm, full.largest) == (pytest.approx(6 * math.sqrt(2)), pytest.approx(6))
+    assert (full.effective_rank, full.stable_rank) == (pytest.approx(2), pytest.approx(2))
+    assert (full.norm_a, full.norm_b) == (pytest.approx(math.sqrt(2)), pytest.approx(3 * math.sqrt(2)))
+    assert (zero.norm, zero.effective_rank, zero.stable_rank) == (0, 0, 0)
+    assert (single.scale, single.largest, single.dtype) == (3, pytest.approx(6), "bfloat16")
+    assert (single.effective_rank, single.stable_rank) == (pytest.approx(1), pytest.approx(1))
+
+
+def test_spectra_against_the_dense_product() -> None:
+    values = torch.tensor([3.0, 1.0, 0.0])
+    assert effective_rank(values) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert stable_rank(values) == pytest.approx(10 / 9)
+
+
+def test_the_report_is_json(directory: Path) -> None:
+    report = json.loads(json.dumps(inspect_adapter(directory).to_json(), allow_nan=False))
+    assert report["config"]["method"]["rank"] == 2
+    assert report["base"]["name"] == "tiny"
+    assert report["manifest"] == {"score": 1}
+    assert report["modules"][0]["path"] == "m.0.q"
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="has no adapter_config"):
+        inspect_adapter(tmp_path)
