@@ -1,0 +1,88 @@
+"""`sideroad generate`: one prompt, from the command line or stdin, by a base or an adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from terminal import call
+from tiny import tiny_model_dir
+
+
+def answer(*arguments: str | Path, stdin: str | None = None) -> dict[str, object]:
+    spoken = call("generate", *arguments, "--max-new-tokens", "6", "--json", stdin=stdin)
+    assert spoken.code == 0, spoken.err
+    found: dict[str, object] = json.loads(spoken.out)
+    return found
+
+
+def test_run_prompt_and_stdin_agree(run: Path) -> None:
+    said = answer(run, "light in room 3")
+    assert said["new_tokens"] == 6
+    assert said["ended"] == "length"
+    assert answer(run, stdin="light in room 3\n")["answer"] == said["answer"]
+    assert answer("--adapter", run / "adapter", "light in room 3")["answer"] == said["answer"]
+    plain = call("generate", run, "light in room 3", "--max-new-tokens", "6")
+    assert plain.out == f"{said['answer']}\n"
+
+
+def test_base_alone_differs_from_the_adapter(run: Path, place: Path) -> None:
+    alone = answer("--base", place / "tiny-llama", "light in room 3")
+    assert alone["adapter"] is None
+    assert answer(run, "light in room 3")["answer"] != alone["answer"]
+
+
+def test_the_prompt_is_written_as_in_training(place: Path, run: Path, tmp_path: Path) -> None:
+    bare = answer(run, "hi")["prompt_tokens"]
+    assert answer(run, "hi", "--system", "be")["prompt_tokens"] == bare + len("\nsystem\nbe") - 1 + 3  # type: ignore[operator]
+    spoken = call("train", place / "task.yaml", "--run", tmp_path / "run", "--set", "data.system=be", "--set", "train.max_steps=1")
+    assert spoken.code == 0, spoken.err
+    assert answer(tmp_path / "run", "hi")["prompt_tokens"] == answer(run, "hi", "--system", "be")["prompt_tokens"]
+
+
+def test_seed_decides_sampled_answers(run: Path) -> None:
+    options = ("light", "--temperature", "2.0")
+    assert answer(run, *options, "--seed", "1")["answer"] == answer(run, *options, "--seed", "1")["answer"]
+    assert answer(run, *options, "--seed", "1")["answer"] != answer(run, *options, "--seed", "2")["answer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "words"),
+    [
+        (["{run}", "one", "two"], None, "one prompt at a time; found 2"),
+        ([], None, "give a run or adapter directory, or --base MODEL"),
+        (["{run}"], " \n", "the prompt on stdin is empty"),
+        (["{run}", "hi", "--device", "tpu"], None, "a device is auto, cpu, mps, cuda"),
+    ],
+)
+def test_usage(run: Path, arguments: list[str], stdin: str | None, words: str) -> None:
+    spoken = call("generate", *(argument.format(run=run) for argument in arguments), stdin=stdin)
+    assert spoken.code == 2, spoken.err
+    assert words in spoken.err
+
+
+def test_an_adapter_for_another_base_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    recipe = (run / "recipe.yaml").read_text()
+    other = tiny_model_dir(tmp_path, seed=1)
+    lines = [f"  model: {other}" if line.startswith("  model:") else line for line in recipe.splitlines()]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines) + "\n")
+    spoken = call("generate", tmp_path, "hi")
+    assert spoken.code == 5
+    assert "was made for tiny-llama" in spoken.err
+    assert "--base MODEL" in spoken.err
+
+
+def test_too_long_for_the_model(run: Path) -> None:
+    spoken = call("generate", run, "x" * 600)
+    assert spoken.code == 4
+    assert "512 positions" in spoken.err
+
+
+def test_unfinished_run_says_how_to_finish(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("base: {model: x}\n")
+    spoken = call("generate", tmp_path, "hi")
+    assert spoken.code == 5
+    assert f"--run {tmp_path} --resume" in spoken.err
