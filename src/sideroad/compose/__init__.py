@@ -1,1 +1,1 @@
-
+"""Adapters into other things: merged into a base."""
