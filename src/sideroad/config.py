@@ -109,7 +109,7 @@ def _finding(schema: type[Settings], item: Any, where: str) -> str:
     if item["type"] != "extra_forbidden":
         shown = repr(item["input"])
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return f"{path or 'top level'}: {item['msg']}; found {shown} ({where})"
+        return f"{path or 'top level'}: {item['msg'].removeprefix('Value error, ')}; found {shown} ({where})"
     *parents, key = (str(part) for part in item["loc"])
     allowed = sorted(_section(schema, parents).model_fields)
     return (

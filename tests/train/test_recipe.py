@@ -70,7 +70,10 @@ def test_a_wrong_type_names_key_and_value(tmp_path: Path) -> None:
         ("optim: {warmup_steps: 3, warmup_ratio: 0.1}", "warmup_steps and warmup_ratio exclude each other"),
         ("optim: {decay_ratio: 0.1}", "decay_ratio belongs to schedule wsd, not cosine"),
         ("optim: {schedule: constant, min_lr_ratio: 0.1}", "constant schedule does not fall"),
-        ("train: {keep: best, early_stopping: 2}", "train.keep: best, train.early_stopping cannot work without a valid"),
+        (
+            "train: {keep: best, early_stopping: 2}",
+            "train.keep: best, train.early_stopping cannot work without a valid",
+        ),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, section: str, told: str) -> None:
@@ -122,7 +125,7 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
 
 def test_a_missing_recipe_names_its_neighbours(tmp_path: Path) -> None:
     written(tmp_path, PLAIN, "quickstart.yaml")
-    with pytest.raises(ConfigError, match='does not exist.*Recipes in.*Did you mean "quickstart.yaml"'):
+    with pytest.raises(ConfigError, match=r'does not exist.*Recipes in.*Did you mean "quickstart.yaml"'):
         load_recipe(tmp_path / "quickstrat.yaml")
     with pytest.raises(ConfigError, match="there is no directory"):
         load_recipe(tmp_path / "nowhere" / "quickstart.yaml")

@@ -155,7 +155,11 @@ def _enable_checkpointing(base: Base) -> None:
             f"train.gradient_checkpointing: {type(base.model).__name__} cannot recompute its activations; "
             "set it to false"
         )
-    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Not reentrant: the embedding is frozen, so a block's input has no gradient for the reentrant form to hang on to.
+    if hasattr(base.model, "activation_checkpointing_enable"):
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _vocabulary(base: Base) -> int:

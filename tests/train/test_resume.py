@@ -1,0 +1,307 @@
+"""A run stopped anywhere and resumed equals one never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import assert_same_run, records, small_recipe, tiny_gpt2_dir
+from tiny import tiny_model_dir
+
+from sideroad.errors import CheckpointError
+from sideroad.train import events
+from sideroad.train.interrupts import Interrupted, uninterrupted
+from sideroad.train.recipe import Recipe, dump_recipe
+from sideroad.train.run import train
+from sideroad.train.steps import Stepper
+
+pytestmark = pytest.mark.usefixtures("quick_plots")
+
+
+@pytest.fixture(scope="module")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gpt2_dir(tmp_path_factory.mktemp("gpt2"))
+
+
+def recipe_for(folder: Path, model: Path, **sections: Any) -> Recipe:
+    """Dropout, accumulation with a short last step in each epoch, and the best kept."""
+    changes = {
+        "adapter": {"method": {"kind": "lora", "dropout": 0.2}},
+        "optim": {"batch_size": 3, "accumulate": 3, "lr_ratio_b": 4},
+        "train": {"epochs": 2, "validate_every": 2, "checkpoint_every": 3, "keep": "best"},
+    }
+    for section, values in sections.items():
+        changes.setdefault(section, {}).update(values)
+    return small_recipe(folder, model, **changes)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, shared_model_dir: Path) -> tuple[Recipe, Path]:
+    """A recipe of 6 steps and its run without a stop."""
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = recipe_for(folder, shared_model_dir)
+    return recipe, train(recipe, folder / "run").run
+
+
+def stopping_at(what: Callable[[events.Event], bool], error: BaseException) -> Callable[[events.Event], None]:
+    def on_event(event: events.Event) -> None:
+        if what(event):
+            raise error
+
+    return on_event
+
+
+def step_is(step: int) -> Callable[[events.Event], bool]:
+    return lambda event: isinstance(event, events.StepDone) and event.step == step
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
+def test_an_interrupt_after_a_step_changes_nothing(tmp_path: Path, straight: tuple[Recipe, Path], step: int) -> None:
+    recipe, whole = straight
+    with pytest.raises(Interrupted, match=f"interrupted after step {step};.*--resume with --run") as caught:
+        train(recipe, tmp_path / "run", on_event=stopping_at(step_is(step), KeyboardInterrupt()))
+    assert caught.value.exit_code == 130
+    assert caught.value.checkpoint.name == f"step-{step:08d}"
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_only(
+    tmp_path: Path, straight: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, whole = straight
+    honest = Stepper.prepare
+
+    def interrupted(self: Stepper, progress: Any, batches: Any, sources: Any) -> Any:
+        prepared = honest(self, progress, batches, sources)
+        if progress.step == 3:
+            raise KeyboardInterrupt
+        return prepared
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "prepare", interrupted)
+        with pytest.raises(Interrupted, match="after step 3"):
+            train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("kind", [events.Validated, events.Checkpointed, events.Evaluating])
+def test_an_interrupt_between_steps_changes_nothing(
+    tmp_path: Path, straight: tuple[Recipe, Path], kind: type[events.Event]
+) -> None:
+    recipe, whole = straight
+    on_event = stopping_at(lambda event: isinstance(event, kind), KeyboardInterrupt())
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", on_event=on_event)
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_stopped_at_every_step_ends_the_same(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, whole = straight
+    for step in range(1, 7):
+        with pytest.raises(Interrupted):
+            train(recipe, tmp_path / "run", resume=True, on_event=stopping_at(step_is(step), KeyboardInterrupt()))
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_an_error_of_the_watcher_leaves_a_resumable_run(
+    tmp_path: Path, straight: tuple[Recipe, Path], step: int
+) -> None:
+    recipe, whole = straight
+    with pytest.raises(RuntimeError, match="mine"):
+        train(recipe, tmp_path / "run", on_event=stopping_at(step_is(step), RuntimeError("mine")))
+    assert len([record for record in records(tmp_path / "run") if "loss" in record]) == step
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"data": {"packing": "off"}},
+        {"optim": {"batch_size": None, "batch_tokens": 300, "schedule": "wsd"}},
+        {"train": {"gradient_checkpointing": True, "early_stopping": 1, "validate_every": 1}},
+        {"adapter": {"bias": "all", "method": {"kind": "lora", "dropout": 0.1, "init": "gaussian"}}},
+        {"base": {"dtype": "bfloat16"}},
+    ],
+    ids=["padded", "tokens", "checkpointing", "bias", "bf16"],
+)
+def test_it_holds_for_gpt2_with_dropout_of_its_own(tmp_path: Path, gpt2_dir: Path, sections: dict[str, Any]) -> None:
+    recipe = recipe_for(tmp_path, gpt2_dir, **sections)
+    train(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", on_event=stopping_at(step_is(2), KeyboardInterrupt()))
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+KILLING = """
+import os, random, signal, sys, time
+import matplotlib.figure, transformers.models.llama.modeling_llama
+from sideroad.train import events, loop
+from sideroad.train.recipe import load_recipe
+from sideroad.train.run import train
+
+honest = loop.checkpoint._sha256
+loop.checkpoint._sha256 = lambda path: (time.sleep(0.02), honest(path))[1]  # so that many kills meet a checkpoint
+moments = random.Random(int(sys.argv[3]))
+for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
+    reader, writer = os.pipe()
+    child = os.fork()  # torch has computed nothing yet, so it has no threads to lose
+    if child == 0:
+        tell = lambda event: os.write(writer, b".") if isinstance(event, events.Planned | events.Finished) else None
+        try:
+            train(load_recipe(sys.argv[1]), sys.argv[2], resume=True, on_event=tell)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.read(reader, 1)
+    time.sleep(moments.uniform(0.0, 0.5))
+    os.kill(child, how)
+    os.waitpid(child, 0)
+"""
+
+
+def test_kills_at_any_moment_change_nothing(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, whole = straight
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    places = [str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
+    subprocess.run([sys.executable, "-c", KILLING, *places, "0"], check=True, timeout=300)
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def interrupted_run(folder: Path, recipe: Recipe, step: int = 4) -> Path:
+    with pytest.raises(Interrupted):
+        train(recipe, folder / "run", on_event=stopping_at(step_is(step), KeyboardInterrupt()))
+    return folder / "run"
+
+
+def test_leftovers_and_a_torn_last_line_do_not_matter(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, whole = straight
+    run = interrupted_run(tmp_path, recipe)
+    shutil.copytree(run / "checkpoints" / "step-00000004", run / "checkpoints" / ".step-00000005.1a2b.tmp")
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    train(recipe, run, resume=True)
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter/adapter_model.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_torn_checkpoint_is_refused_by_name(
+    tmp_path: Path, straight: tuple[Recipe, Path], name: str, damage: str
+) -> None:
+    recipe, whole = straight
+    run = interrupted_run(tmp_path, recipe)
+    newest = run / "checkpoints" / "step-00000004"
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        (newest / name).unlink()
+    else:
+        (newest / name).write_bytes(content if damage == "flip" else content[:-10])
+    with pytest.raises(
+        CheckpointError, match=r"step-00000004 is torn: .*Remove that directory to go on from step-"
+    ) as caught:
+        train(recipe, run, resume=True)
+    assert Path(name).name in str(caught.value)
+    if damage == "flip" and name == "optimizer.safetensors":
+        shutil.rmtree(newest)
+        train(recipe, run, resume=True)
+        assert_same_run(run, whole)
+
+
+def test_a_foreign_checkpoint_is_refused_with_what_differs(
+    tmp_path: Path, straight: tuple[Recipe, Path], shared_model_dir: Path
+) -> None:
+    recipe, _ = straight
+    run = interrupted_run(tmp_path, recipe)
+    optim = recipe.optim.model_copy(update={"lr": 0.5})
+    data = small_recipe(tmp_path / "other", shared_model_dir).data
+    rows = (tmp_path / "other" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "other" / "train.jsonl").write_text("\n".join(rows[:-1]))
+    with pytest.raises(CheckpointError) as caught:
+        train(recipe.model_copy(update={"optim": optim, "data": data}), run, resume=True)
+    told = str(caught.value)
+    assert "step-00000004 belongs to another run" in told
+    assert "recipe.optim.lr: 0.01 in that run, 0.5 now" in told
+    assert "data.train: " in told
+    assert "- base" not in told.split("\n", 1)[1].split("Resume with")[0]
+
+
+def test_a_changed_base_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, tiny_model_dir(tmp_path))
+    run = interrupted_run(tmp_path, recipe)
+    tiny_model_dir(tmp_path, seed=1)
+    with pytest.raises(CheckpointError, match=r"belongs to another run; what differs:\n  - base: "):
+        train(recipe, run, resume=True)
+
+
+def test_metrics_that_lost_a_step_are_refused(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, _ = straight
+    run = interrupted_run(tmp_path, recipe)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if '"step": 2,' not in line))
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl has 3 of the 4 steps|step 3 where 2 belongs"):
+        train(recipe, run, resume=True)
+
+
+def test_resume_without_a_checkpoint_begins_anew(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, whole = straight
+    run = interrupted_run(tmp_path, recipe)
+    shutil.rmtree(run / "checkpoints")
+    seen: list[events.Event] = []
+    train(recipe, run, resume=True, on_event=seen.append)
+    assert any(isinstance(event, events.Note) and "has no checkpoint yet" in event.text for event in seen)
+    assert_same_run(run, whole)
+
+
+def test_another_environment_is_told(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, _ = straight
+    run = interrupted_run(tmp_path, recipe)
+    values = json.loads((run / "env.json").read_text())
+    values["threads"] = 99
+    (run / "env.json").write_text(json.dumps(values))
+    seen: list[events.Event] = []
+    train(recipe, run, resume=True, on_event=seen.append)
+    assert any(isinstance(event, events.Note) and "threads was 99 and is" in event.text for event in seen)
+
+
+def test_the_probed_dtype_is_used_again(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, _ = straight
+    auto = recipe.model_copy(update={"base": recipe.base.model_copy(update={"dtype": "auto"})})
+    run = interrupted_run(tmp_path, auto)
+    values = json.loads((run / "env.json").read_text())
+    values["dtype"] = other = {"bfloat16": "float32", "float32": "bfloat16"}[values["dtype"]]
+    (run / "env.json").write_text(json.dumps(values))
+    seen: list[events.Event] = []
+    train(auto, run, resume=True, on_event=seen.append)
+    assert next(event for event in seen if isinstance(event, events.Planned)).dtype == other
+
+
+def test_ctrl_c_waits_for_the_end_of_a_block() -> None:
+    order = []
+
+    def block() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            order.append("through")
+        order.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert order == ["through"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
