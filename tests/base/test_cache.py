@@ -52,7 +52,7 @@ def test_a_failed_build_leaves_nothing() -> None:
         build(work, entry)
         raise BaseModelError("broken")
 
-    with pytest.raises(BaseModelError, match="broken"):
+    with pytest.raises(BaseModelError, match=r"broken"):
         provide(KEY, fail)
     assert visible() == []
     assert provide(KEY, build).is_dir()
@@ -120,7 +120,7 @@ def test_clearing() -> None:
     assert clear("thing") == size > 0
     assert visible() == ["other--1--c1"]
     assert clear("smollm2-135m-instruct") == 0
-    with pytest.raises(BaseModelError, match='no model named "othr".*Did you mean "other".*In the cache: other'):
+    with pytest.raises(BaseModelError, match=r'no model named "othr".*Did you mean "other".*In the cache: other'):
         clear("othr")
     clear()
     assert visible() == []
@@ -129,11 +129,11 @@ def test_clearing() -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SIDEROAD_CACHE", str(tmp_path / "file"))
-    with pytest.raises(BaseModelError, match="cannot write to the model cache .* Set SIDEROAD_CACHE"):
+    with pytest.raises(BaseModelError, match=r"cannot write to the model cache .* Set SIDEROAD_CACHE"):
         provide(KEY, build)
 
 
 def test_a_full_disk_is_noticed_first() -> None:
     require_space(1)
-    with pytest.raises(BaseModelError, match="MB free; 1,000,000,000,000 MB are needed. Free space, or set SIDEROAD"):
+    with pytest.raises(BaseModelError, match=r"MB free; 1,000,000,000,000 MB are needed. Free space, or set SIDEROAD"):
         require_space(10**18)

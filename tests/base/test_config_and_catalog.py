@@ -57,5 +57,5 @@ def test_the_light_names_import_neither_torch_nor_transformers() -> None:
 def test_a_name_that_does_not_exist() -> None:
     import sideroad.base
 
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'"):
         sideroad.base.nothing  # noqa: B018

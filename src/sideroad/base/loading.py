@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
@@ -124,7 +125,8 @@ def load_meta(config: BaseConfig, *, offline: bool = False) -> nn.Module:
         read_metadata(path)
         located, settings = Located(str(path), path.stem, path.name), gguf_config(path)
     else:
-        located = Located(str(path or config.model), config.model, config.model, hub=path is None)
+        name = config.model if path is None else path.resolve().name
+        located = Located(str(path or config.model), name, name, hub=path is None)
         settings = _read_config(located, _hub_arguments(config, located, offline))
     _refuse_quantised(located, settings)
     maker = _model_class(settings)
@@ -212,7 +214,7 @@ def _read_model(
                 ignore_mismatched_sizes=True,
                 **arguments,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise _unreadable(located, "weights", error, arguments) from error
     return model, report
 
