@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "sideroad"
-LEVEL = {"cli": 3, "train": 2, "compose": 2, "plan": 2, "analyze": 2, "data": 2, "base": 1, "kernels": 1}
+LEVEL = {"door": 4, "cli": 3, "train": 2, "compose": 2, "plan": 2, "analyze": 2, "data": 2, "base": 1, "kernels": 1}
 SIDEWAYS = {("train", "data"), ("compose", "data"), ("compose", "train")}
 CORE = 0
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy", "pydantic")
@@ -19,8 +19,10 @@ HELP = ([], ["--help"], ["train", "--help"], ["chat", "--help"], ["--version"])
 
 
 def room(module: str) -> str:
-    """First package below sideroad (`train` of sideroad.train.loop), or `core` for its single files."""
+    """First package below sideroad (`train` of sideroad.train.loop), `core` for single files, `door` for the way in."""
     parts = module.split(".")
+    if parts[1:] in ([], ["__init__"], ["__main__"]):
+        return "door"
     return parts[1] if len(parts) > 1 and parts[1] in LEVEL else "core"
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from terminal import call
 from tiny import tiny_model_dir
 
 
-def answer(*arguments: str | Path, stdin: str | None = None) -> dict[str, object]:
+def answer(*arguments: str | Path, stdin: str | None = None) -> dict[str, Any]:
     spoken = call("generate", *arguments, "--max-new-tokens", "6", "--json", stdin=stdin)
     assert spoken.code == 0, spoken.err
-    found: dict[str, object] = json.loads(spoken.out)
+    found: dict[str, Any] = json.loads(spoken.out)
     return found
 
 
@@ -36,8 +37,9 @@ def test_base_alone_differs_from_the_adapter(run: Path, place: Path) -> None:
 
 def test_the_prompt_is_written_as_in_training(place: Path, run: Path, tmp_path: Path) -> None:
     bare = answer(run, "hi")["prompt_tokens"]
-    assert answer(run, "hi", "--system", "be")["prompt_tokens"] == bare + len("\nsystem\nbe") - 1 + 3  # type: ignore[operator]
-    spoken = call("train", place / "task.yaml", "--run", tmp_path / "run", "--set", "data.system=be", "--set", "train.max_steps=1")
+    assert answer(run, "hi", "--system", "be")["prompt_tokens"] == bare + 2 + len("system\nbe\n")
+    changes = ("--set", "data.system=be", "--set", "train.max_steps=1")
+    spoken = call("train", place / "task.yaml", "--run", tmp_path / "run", *changes)
     assert spoken.code == 0, spoken.err
     assert answer(tmp_path / "run", "hi")["prompt_tokens"] == answer(run, "hi", "--system", "be")["prompt_tokens"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,34 +16,38 @@ VERBS = (train, preview, targets, models, evaluate, generate, chat, merge, inspe
 EXAMPLES = ("sideroad train examples/quickstart.yaml", "sideroad chat runs/quickstart")
 
 
-class _InOrder(TyperGroup):
-    """Keeps the verbs in the order of `VERBS`, and shows examples below them."""
+class _Root(TyperGroup):
+    """Keeps the verbs in the order of `VERBS`, shows examples below them, and answers `--version`.
+
+    The last by hand: one typed option here would make typer load pydantic before any verb's help.
+    """
 
     def list_commands(self, ctx: object) -> list[str]:
         return list(self.commands)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args[:1] == ["--version"]:
+            typer.echo(f"sideroad {sideroad.__version__}")
+            raise typer.Exit
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Options"):
+            formatter.write_dl([("--version", "Show the version and exit."), ("-h, --help", "Show help and exit.")])
+        self.format_commands(ctx, formatter)
 
     def format_epilog(self, ctx: object, formatter: object) -> None:
         write_examples(self.epilog, formatter)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"sideroad {sideroad.__version__}")
-        raise typer.Exit
-
-
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def _root() -> None:
     """Adapt a language model with low-rank updates: see what is trained, train it, measure it, use it."""
 
 
 def build() -> typer.Typer:
     """The application with every verb; plain help, since rich's costs a person a sixth of a second each time."""
     app = typer.Typer(
-        cls=_InOrder,
+        cls=_Root,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         add_completion=False,

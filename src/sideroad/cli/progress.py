@@ -46,7 +46,7 @@ class Bar:
 
     def say(self, line: str) -> None:
         """Print a line that stays, above the bar where there is one."""
-        self.console.print(line, soft_wrap=True)
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def close(self) -> None:
         """Take the bar away; the next `show` starts a new one."""

@@ -19,11 +19,18 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} |
 _PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
+class _Console(Console):
+    """Leaves a broken pipe to `frame.Verb`, which has an exit code for it."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console(*, to_stderr: bool = False) -> Console:
     """A console that honours NO_COLOR and COLUMNS and does not squeeze tables when the output is piped."""
     stream = sys.stderr if to_stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
 def write_json(value: Any) -> None:
