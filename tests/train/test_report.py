@@ -158,3 +158,13 @@ def test_card_without_licence_or_scores_says_so() -> None:
     assert "license" not in yaml.safe_load(text.split("---")[1])
     assert "| licence | not stated by its files |" in text
     assert "## Scores" not in text
+
+
+def test_card_of_a_base_that_is_on_no_hub_does_not_pretend_otherwise() -> None:
+    text = card(base_reference="smollm2-135m-instruct")
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "smollm2-135m-instruct"
+    assert front["tags"] == ["lora", "sideroad"]
+    assert 'from_pretrained("PATH_TO_THE_BASE")' in text
+    assert "vllm serve PATH_TO_THE_BASE" in text
+    assert "`sideroad models --json` says where" in text

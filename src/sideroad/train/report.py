@@ -37,7 +37,8 @@ class CardFacts:
     """What a model card tells.
 
     Attributes:
-        base_name: what the base is called; `base_reference` what `base_model` in the front matter says (a hub id).
+        base_name: what the base is called.
+        base_reference: what `base_model` in the front matter says: a hub id, else the base's name.
         recipe: the resolved recipe as YAML.
         parameters: trained ones; `adapted_layers` how many layers carry them.
         kept: which weights these are, in words, such as `last step (330)`.
@@ -153,7 +154,7 @@ def model_card(facts: CardFacts) -> str:
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         **({"license": facts.base_licence.lower()} if facts.base_licence else {}),
-        "tags": ["lora", "sideroad", f"base_model:adapter:{facts.base_reference}"],
+        "tags": ["lora", "sideroad", *([f"base_model:adapter:{facts.base_reference}"] if _on_hub(facts) else [])],
     }
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
     parts = [
@@ -184,7 +185,17 @@ def _data(files: Sequence[DataFile]) -> str:
     return "\n".join(["## Data", "", "| file | used for | SHA-256 |", "|---|---|---|", *rows])
 
 
+def _on_hub(facts: CardFacts) -> bool:
+    return "/" in facts.base_reference
+
+
 def _use(facts: CardFacts) -> str:
+    known = _on_hub(facts)
+    base = facts.base_reference if known else "PATH_TO_THE_BASE"
+    where = "" if known else (
+        "\n\nPATH_TO_THE_BASE is a directory with the base's weights in Hugging Face format; "
+        "`sideroad models --json` says where sideroad keeps its own copies."
+    )
     return f"""## Use
 
 With sideroad:
@@ -199,15 +210,15 @@ With PEFT:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{facts.base_reference}")
+base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "PATH_TO_THIS_DIRECTORY")
 ```
 
 With vLLM:
 
 ```bash
-vllm serve {facts.base_reference} --enable-lora --lora-modules adapter=PATH_TO_THIS_DIRECTORY
-```"""
+vllm serve {base} --enable-lora --lora-modules adapter=PATH_TO_THIS_DIRECTORY
+```{where}"""
 
 
 def _sample(number: int, base: Sample, adapted: Sample) -> str:
