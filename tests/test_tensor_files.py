@@ -71,6 +71,7 @@ BROKEN = {
     "beyond": ({"a": entry(offsets=(0, 8))}, bytes(4), "the tensors need .* it is truncated"),
     "tail": ({"a": entry()}, bytes(9), "1 bytes follow the last tensor"),
     "size": ({"a": entry(shape=(3,))}, bytes(8), r"shape \[3\] needs 12 bytes but its offsets span 8"),
+    "slack": ({"a": entry(shape=(1,))}, bytes(8), r"shape \[1\] needs 4 bytes but its offsets span 8"),
     "absurd": ({"a": entry(shape=(2**62, 2**62))}, bytes(8), "needs .* bytes but its offsets span 8"),
     "negative": ({"a": entry(shape=(-2,))}, bytes(8), "not lists of counts"),
     "boolean": ({"a": entry(shape=(True, 2))}, bytes(8), "not lists of counts"),
