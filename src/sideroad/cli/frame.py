@@ -17,6 +17,7 @@ from sideroad.errors import SideroadError
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 UNEXPECTED = 1
+HELP = frozenset({"-h", "--help"})
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Set = Annotated[
@@ -49,6 +50,13 @@ class Verb(TyperCommand):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples as they are."""
         write_examples(self.epilog, formatter)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Answer a call for help at once: typer would first load pydantic to read the flag."""
+        if HELP & set(args[: args.index("--")] if "--" in args else args):
+            typer.echo(ctx.get_help(), color=ctx.color)
+            raise typer.Exit
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command's function, already parsed."""

@@ -9,17 +9,18 @@ from typer.core import TyperGroup
 
 import sideroad
 from sideroad.cli import chat, evaluate, generate, inspect, merge, models, preview, targets, train
-from sideroad.cli.frame import Verb, write_examples
+from sideroad.cli.frame import HELP, Verb, write_examples
 
 VERBS = (train, preview, targets, models, evaluate, generate, chat, merge, inspect)
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 EXAMPLES = ("sideroad train examples/quickstart.yaml", "sideroad chat runs/quickstart")
 
 
 class _Root(TyperGroup):
-    """Keeps the verbs in the order of `VERBS`, shows examples below them, and answers `--version`.
+    """Keeps the verbs in the order of `VERBS`, shows examples below them, and answers `--version` and `--help`.
 
-    The last by hand: one typed option here would make typer load pydantic before any verb's help.
+    These two by hand: with an option of its own, this group would make typer load pydantic before any verb's help.
     """
 
     def list_commands(self, ctx: object) -> list[str]:
@@ -28,6 +29,9 @@ class _Root(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args[:1] == ["--version"]:
             typer.echo(f"sideroad {sideroad.__version__}")
+            raise typer.Exit
+        if args[:1] and args[0] in HELP:
+            typer.echo(ctx.get_help(), color=ctx.color)
             raise typer.Exit
         return super().parse_args(ctx, args)
 
@@ -52,12 +56,13 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
         no_args_is_help=True,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        add_help_option=False,
     )
     app.callback(epilog="\n".join(EXAMPLES))(_root)
     for verb in VERBS:
         name = verb.__name__.rpartition(".")[2]
-        app.command(name, cls=Verb, short_help=verb.SUMMARY, epilog="\n".join(verb.EXAMPLES))(verb.run)
+        texts = {"short_help": verb.SUMMARY, "epilog": "\n".join(verb.EXAMPLES)}
+        app.command(name, cls=Verb, context_settings=CONTEXT, **texts)(verb.run)
     return app
 
 
