@@ -187,6 +187,8 @@ def test_compiled_whole_and_it_notices_every_switch() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
     assert not torch.allclose(model(x), base)
+    # a hook on a further layer must be noticed even where nothing else that is guarded changed
+    assert not torch._dynamo.config.skip_nnmodule_hook_guards
     with handle.disabled():
         torch.testing.assert_close(compiled(x), base)
     assert attach(compiled, AdapterConfig(targets="0"), "second") is handle

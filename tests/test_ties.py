@@ -34,6 +34,7 @@ def test_merging_a_tied_head_leaves_the_embedding() -> None:
     assert model.lm_head.weight is not embedding
     assert torch.equal(embedding, before)
     assert model.config.tie_word_embeddings is False
+    assert model.all_tied_weights_keys == {}
     torch.testing.assert_close(model(IDS).logits, apart, rtol=1e-5, atol=1e-5)
     with handle.disabled():
         base = model(IDS).logits
@@ -79,6 +80,8 @@ def test_head_tied_along_with_others_keeps_the_flag(tmp_path: Path) -> None:
     inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
     apart = model(**inputs).logits
     plain: Any = handle.merge_and_unload()
+    assert plain.config.tie_word_embeddings is True
+    assert set(plain.all_tied_weights_keys) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     torch.testing.assert_close(plain(**inputs).logits, apart, rtol=1e-5, atol=1e-5)
     plain.save_pretrained(tmp_path)
     again = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
