@@ -160,14 +160,18 @@ for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
     reader, writer = os.pipe()
     child = os.fork()  # torch has computed nothing yet, so it has no threads to lose
     if child == 0:
-        tell = lambda event: os.write(writer, b".") if isinstance(event, events.Planned | events.Finished) else None
+        began = []
+        def tell(event):
+            began.extend([event] if isinstance(event, events.Planned) else [])
+            os.write(writer, b"." if began else b"")
         try:
             train(load_recipe(sys.argv[1]), sys.argv[2], resume=True, on_event=tell)
         finally:
             os._exit(0)
     os.close(writer)
-    os.read(reader, 1)
-    time.sleep(moments.uniform(0.0, 0.5))
+    for _ in range(moments.randint(1, 7)):
+        os.read(reader, 1)
+    time.sleep(moments.uniform(0.0, 0.1))
     os.kill(child, how)
     os.waitpid(child, 0)
 """

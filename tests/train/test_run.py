@@ -103,6 +103,23 @@ def test_fp16_trains_with_a_scaled_loss(tmp_path: Path, shared_model_dir: Path) 
     assert losses[-1] < losses[0]
 
 
+def test_each_epoch_sees_every_example_once_in_an_order_of_its_own(
+    tmp_path: Path, shared_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    honest = loop.collate
+
+    def spying(examples: Any, **named: Any) -> Any:
+        seen.extend(example.source for example in examples)
+        return honest(examples, **named)
+
+    monkeypatch.setattr(loop, "collate", spying)
+    train(small_recipe(tmp_path, shared_model_dir, data={"validation": None}), tmp_path / "run")
+    first, second = seen[:24], seen[24:]
+    assert sorted(first) == sorted(second) == sorted(f"train.jsonl:{line}" for line in range(1, 25))
+    assert first != second
+
+
 def test_max_steps_cuts_the_run_and_its_schedule(tmp_path: Path, shared_model_dir: Path) -> None:
     recipe = small_recipe(tmp_path, shared_model_dir, train={"max_steps": 4}, optim={"warmup_steps": 0})
     result = train(recipe, tmp_path / "run")
