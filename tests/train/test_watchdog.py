@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
 from sideroad.errors import TrainingError
-from sideroad.train import checkpoint, loop, steps
+from sideroad.train import checkpoint, finish, loop, steps
 from sideroad.train.progress import Progress
 from sideroad.train.run import train
 from sideroad.train.watchdog import PATIENCE, StepReport, Watchdog
@@ -59,7 +59,7 @@ def test_a_loss_that_is_nan_stops_the_run_with_a_diagnosis(
     assert newest.name == "step-00000003"
     assert Adapter.load(newest / "adapter").parameters
     monkeypatch.undo()
-    monkeypatch.setattr("sideroad.train.finish.loss_plot", lambda records, title: b"")
+    monkeypatch.setattr(finish, "loss_plot", lambda records, title: b"")
     assert train(recipe, tmp_path / "run", resume=True).steps == 6
 
 

@@ -61,6 +61,7 @@ class Bar:
                 rich_progress.TextColumn("{task.description}", markup=False),
                 rich_progress.BarColumn(bar_width=20),
                 rich_progress.TextColumn("{task.fields[text]}", markup=False),
+                rich_progress.TimeElapsedColumn(),
             )
             self._progress = rich_progress.Progress(
                 *columns, console=self.console, transient=True, refresh_per_second=5

@@ -70,6 +70,7 @@ def run(
     console = render.console(to_stderr=as_json)
     _announce(console, settings, place, resume=resume)
     with Bar(console) as bar:
+        bar.show("preparing base and data", 0, None, "")
         result = _train(settings, recipe, place, Watch(bar), resume=resume, offline=offline)
     if as_json:
         render.write_json(asdict(result))

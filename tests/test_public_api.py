@@ -1,0 +1,63 @@
+"""The names a person imports: exactly these, all documented, none swallowing unknown arguments."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import sideroad
+
+NAMES = {
+    "Adapter", "AdapterConfig", "AdapterError", "Attached", "BaseConfig", "BaseModelError", "CheckpointError",
+    "ConfigError", "DataError", "LoraMethod", "LowRank", "MergeError", "Recipe", "SideroadError", "TargetError",
+    "TrainingError", "attach", "attached", "load_base", "load_recipe", "resolve", "train",
+}  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(sideroad.__all__) == NAMES
+    assert set(dir(sideroad)) == {*NAMES, "__version__"}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_each_is_there_documented_and_explicit(name: str) -> None:
+    thing = getattr(sideroad, name)
+    assert inspect.getdoc(thing)
+    assert not inspect.ismodule(thing)
+    if inspect.isfunction(thing):
+        kinds = {parameter.kind for parameter in inspect.signature(thing).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD not in kinds
+        assert inspect.Parameter.VAR_POSITIONAL not in kinds
+
+
+def test_functions_win_over_modules_of_their_names_in_any_order() -> None:
+    code = (
+        "import sideroad.attached, sideroad.attach, sideroad.train.run\n"
+        "from sideroad import attach, attached, train\n"
+        "print([one.__name__ for one in (attach, attached, train) if callable(one)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['attach', 'attached', 'train']\n"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = sideroad.trian
+
+
+def test_importing_sideroad_loads_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "pydantic")
+    code = f"import sideroad, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_error_has_its_exit_code() -> None:
+    codes = {name: getattr(sideroad, name).exit_code for name in NAMES if name.endswith("Error")}
+    assert codes == {
+        "SideroadError": 1, "ConfigError": 2, "DataError": 3, "BaseModelError": 4, "AdapterError": 5,
+        "TargetError": 5, "MergeError": 5, "TrainingError": 6, "CheckpointError": 6,
+    }  # fmt: skip
