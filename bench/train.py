@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from sideroad import __version__
-from sideroad.attach import attach
+from sideroad.attaching import attach
 from sideroad.base.config import BaseConfig
 from sideroad.base.loading import Base, load_base, load_tokenizer
 from sideroad.config import AdapterConfig, LoraMethod

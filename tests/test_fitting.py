@@ -10,7 +10,7 @@ from tiny import tiny_llama
 from torch import nn
 
 from sideroad.adapter import Adapter, BaseRecord
-from sideroad.attach import attach, attached
+from sideroad.attaching import attach, attached
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 

@@ -7,7 +7,7 @@ import math
 import torch
 from tiny import tiny_llama
 
-from sideroad.attach import attach
+from sideroad.attaching import attach
 from sideroad.config import AdapterConfig
 from sideroad.init import start_pair
 from sideroad.targets import Target

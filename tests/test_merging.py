@@ -12,7 +12,7 @@ from test_attach import IDS, fill
 from tiny import tiny_llama
 from torch import Tensor, nn
 
-from sideroad.attach import Attached, attach, attached
+from sideroad.attaching import Attached, attach, attached
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError, MergeError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_llama
 
-from sideroad.attach import attach, attached
+from sideroad.attaching import attach, attached
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 

@@ -13,7 +13,7 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from sideroad.attach import attach
+from sideroad.attaching import attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import TargetError
 from sideroad.targets import bias_paths, matches, resolve, shortest_names

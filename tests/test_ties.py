@@ -12,7 +12,7 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from sideroad.attach import Attached, attach
+from sideroad.attaching import Attached, attach
 from sideroad.config import AdapterConfig
 from sideroad.errors import MergeError
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sideroad.config import AdapterConfig
-from sideroad.targets import is_name
+from sideroad.patterns import is_name
 
 _PLAIN = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 _SUFFIX = r"re:(.*\.)?"

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sideroad.adapter import Adapter, BaseRecord
-from sideroad.attach import attach
+from sideroad.attaching import attach
 from sideroad.base import BaseConfig
 from sideroad.compose import merge as merge_file
 from sideroad.compose.merge import merge

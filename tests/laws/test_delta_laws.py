@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sideroad.adapter import Adapter
-from sideroad.attach import Attached, attach, attached
+from sideroad.attaching import Attached, attach, attached
 from sideroad.config import AdapterConfig, LoraMethod
 
 AXES = {

@@ -12,7 +12,7 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from sideroad.attach import Attached, attach
+from sideroad.attaching import Attached, attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.targets import resolve
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sideroad.adapter import Adapter
-from sideroad.attach import attach
+from sideroad.attaching import attach
 from sideroad.errors import AdapterError
 from sideroad.tensor_files import read_tensors, same_bits
 

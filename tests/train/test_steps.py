@@ -11,7 +11,7 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sideroad.attach import attach
+from sideroad.attaching import attach
 from sideroad.config import AdapterConfig
 from sideroad.data.batches import Batch, collate
 from sideroad.data.encode import Encoded

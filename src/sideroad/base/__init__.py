@@ -5,8 +5,9 @@ The names below are imported on first use, so that reading a recipe's schema cos
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from sideroad.lazy import lazy
 
 if TYPE_CHECKING:
     from sideroad.base.cache import cache_dir, cached, clear
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
     from sideroad.base.progress import Progress
 
 _HOMES = {
-    "BaseConfig": "config",
-    "CATALOG": "catalog",
-    "NamedModel": "catalog",
-    "cache_dir": "cache",
-    "cached": "cache",
-    "clear": "cache",
-    "Base": "loading",
-    "load_base": "loading",
-    "load_meta": "loading",
-    "load_tokenizer": "loading",
-    "BaseIdentity": "identity",
-    "Progress": "progress",
-    "generate": "generation",
+    "BaseConfig": "sideroad.base.config",
+    "CATALOG": "sideroad.base.catalog",
+    "NamedModel": "sideroad.base.catalog",
+    "cache_dir": "sideroad.base.cache",
+    "cached": "sideroad.base.cache",
+    "clear": "sideroad.base.cache",
+    "Base": "sideroad.base.loading",
+    "load_base": "sideroad.base.loading",
+    "load_meta": "sideroad.base.loading",
+    "load_tokenizer": "sideroad.base.loading",
+    "BaseIdentity": "sideroad.base.identity",
+    "Progress": "sideroad.base.progress",
+    "generate": "sideroad.base.generation",
 }
 
 __all__ = [
@@ -50,7 +51,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy(__name__, _HOMES)

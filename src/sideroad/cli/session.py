@@ -13,7 +13,7 @@ from sideroad.errors import AdapterError
 
 if TYPE_CHECKING:
     from sideroad.adapter import Adapter
-    from sideroad.attach import Attached
+    from sideroad.attaching import Attached
     from sideroad.base import Base, BaseConfig
     from sideroad.cli.progress import Bar
     from sideroad.data.config import DataConfig
@@ -57,7 +57,7 @@ def open_session(
     """
     directories = {name: adapter_dir(place) for name, place in places.items()}
     from sideroad.adapter import Adapter
-    from sideroad.attach import attach
+    from sideroad.attaching import attach
     from sideroad.base import load_base
     from sideroad.cli.progress import loading
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sideroad import __version__
 from sideroad.adapter import Adapter, BaseRecord
-from sideroad.attach import attach
+from sideroad.attaching import attach
 from sideroad.base import Base, BaseConfig, BaseIdentity, load_base, load_meta
 from sideroad.base.progress import OnProgress
 from sideroad.base.quiet import quiet

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sideroad.adapter import Adapter, BaseRecord
-from sideroad.attach import Attached, attach
+from sideroad.attaching import Attached, attach
 from sideroad.base.loading import Base, load_base
 from sideroad.base.progress import Progress as Arriving
 from sideroad.data.batches import plan_epoch

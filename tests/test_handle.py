@@ -12,7 +12,7 @@ from tiny import tiny_llama
 from torch import Tensor
 
 from sideroad.adapter import BaseRecord
-from sideroad.attach import Attached, attach
+from sideroad.attaching import Attached, attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError, MergeError
 

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_llama
 from torch import nn
 
-from sideroad.attach import Attached, attach, attached
+from sideroad.attaching import Attached, attach, attached
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError, TargetError
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
-from sideroad.attached import Attached
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.fitting import fit
+from sideroad.handle import Attached
 from sideroad.hold import HANDLE
 from sideroad.init import draw_seed, start_tensors
 from sideroad.targets import Survey, bias_paths, resolve
