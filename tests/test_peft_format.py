@@ -327,7 +327,7 @@ def test_older_bias_names_are_read_once() -> None:
         ("base_model.model.q.x.lora_B.bias", "lora_bias"),
         ("base_model.model.score.weight", "a whole weight (modules_to_save, or an embedding"),
         ("base_model.model.e.token_adapter.trainable_tokens_delta", "rows of new tokens"),
-        ("base_model.model.q.x.base_layer.weight", "a weight of the base model"),
+        ("base_model.model.q.x.base_layer.weight", "a copy of the base's own weight"),
         ("base_model.model.e.base_layer.lora_A.weight", "target_parameters"),
         ("base_model.model.q.x.lora_E", "AdaLoRA"),
         ("base_model.model.q.x.lora_a.weight", 'Did you mean "lora_'),
