@@ -1,4 +1,4 @@
-"""attach: what changes on a model, what does not, and what is refused without a trace."""
+"""attaching: what changes on a model, what does not, and what is refused without a trace."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ import pickle
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import IDS, fill, tiny_llama
 from torch import nn
 
-from sideroad.attaching import Attached, attach, attached
+from sideroad.attaching import attach, attached
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError, TargetError
 
-IDS = torch.arange(10)[None] * 3
 Q = AdapterConfig(targets="q_proj")
-
-
-def fill(handle: Attached, name: str = "default", size: float = 0.1) -> None:
-    torch.manual_seed(len(name))
-    for parameter in handle.parameters(name).values():
-        nn.init.normal_(parameter.data, std=size)
 
 
 def test_layers_keep_class_names_and_weight() -> None:

@@ -1,4 +1,4 @@
-"""attached: which adapters act, and contexts that nothing can leak from."""
+"""handle: which adapters act, and contexts that nothing can leak from."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_attach import IDS, Q, fill
-from tiny import tiny_llama
+from tiny import IDS, fill, tiny_llama
 from torch import Tensor
 
 from sideroad.adapter import BaseRecord
 from sideroad.attaching import Attached, attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError, MergeError
+
+Q = AdapterConfig(targets="q_proj")
 
 
 def three() -> Attached:

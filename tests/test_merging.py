@@ -8,8 +8,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from test_attach import IDS, fill
-from tiny import tiny_llama
+from tiny import IDS, fill, tiny_llama
 from torch import Tensor, nn
 
 from sideroad.attaching import Attached, attach, attached

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attach import IDS, fill
-from tiny import tiny_llama
+from tiny import IDS, fill, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 

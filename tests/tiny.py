@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sideroad.handle import Attached
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Token ids 0, 1 and 2: padding and end of text, start of a turn, end of a turn."""
+
+IDS = torch.arange(10)[None] * 3
+"""One row of ten tokens, [1, 10]."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -65,6 +71,13 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**{**fields, **changes}))
     return model.eval()
+
+
+def fill(handle: Attached, name: str = "default", size: float = 0.1) -> None:
+    """Give an adapter random values of that spread in place, so that it changes what the model says."""
+    torch.manual_seed(len(name))
+    for parameter in handle.parameters(name).values():
+        nn.init.normal_(parameter.data, std=size)
 
 
 def tiny_model_dir(folder: Path, seed: int = 0, **changes: Any) -> Path:
