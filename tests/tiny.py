@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sideroad.handle import Attached
 
@@ -78,6 +78,12 @@ def fill(handle: Attached, name: str = "default", size: float = 0.1) -> None:
     torch.manual_seed(len(name))
     for parameter in handle.parameters(name).values():
         nn.init.normal_(parameter.data, std=size)
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Switch gradient checkpointing on, under the name that the installed transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def tiny_model_dir(folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import recompute_activations
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from zoo import VOCABULARY, ZOO, bloom, gemma2, llama, qwen2
@@ -107,7 +108,7 @@ def test_gradient_checkpointing_repeats_the_segments_in_backward() -> None:
     model = llama()
     value, gradients, _ = exact(model)
     ids, positions, targets = pack()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     model.train()
     with packing(model, choose_route(model)):
         loss, _ = causal_loss(model, ids, positions, None, targets, LENGTHS)
