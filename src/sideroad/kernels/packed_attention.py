@@ -24,6 +24,8 @@ IMPLEMENTATION = "sideroad_segments"
 REPLACED = "sdpa"
 """The implementation that ours stands in for, and hands everything else to."""
 
+HALF = (torch.bfloat16, torch.float16)
+
 _ARGUMENT = "segment_lengths"
 _HARMLESS = frozenset({"position_ids", "is_causal", "sliding_window", "use_cache", "output_attentions"})
 _in_packed_forward: ContextVar[bool] = ContextVar("_in_packed_forward", default=False)
@@ -116,6 +118,10 @@ def attend_segments(
     Returns:
         [1, row, heads, width of value], contiguous.
     """
+    dtype = value.dtype
+    if query.device.type == "cpu":
+        # torch's flash backward on CPUs takes four times as long in 16 bits as in fp32 (371 against 91 ms of a step)
+        query, key, value = (one.float() if one.dtype in HALF else one for one in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     sizes = list(lengths)
     # split, not slices: its backward is one concatenation instead of a zero-filled row per sequence.
@@ -124,7 +130,7 @@ def attend_segments(
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped)
         for q, k, v in parts
     ]
-    return torch.cat([part.transpose(1, 2) for part in attended], dim=1)
+    return torch.cat([part.transpose(1, 2) for part in attended], dim=1).to(dtype)
 
 
 def _attend(
