@@ -61,7 +61,8 @@ def train_with_peft(base: Base, data: Loaded, recipe: Recipe) -> float:
         {"params": [one for name, one in named.items() if part in name], "peak": optim.lr * ratio}
         for part, ratio in (("lora_A", 1.0), ("lora_B", optim.lr_ratio_b))
     ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    optimizer = torch.optim.AdamW(groups, **settings)
     order = Order(data.train.lengths, optim, seed=derive(recipe.seed, "data"), packed=True)
     plan = list(order.steps(recipe.train))
     started = time.perf_counter()
