@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from sideroad.base.loading import Base
 from sideroad.errors import BaseModelError, raise_findings
+from sideroad.modes import in_eval_mode
 
 OnToken = Callable[[int], bool | None]
 """Called with each new token; False ends the generation."""
@@ -57,9 +58,7 @@ def generate(
     stops = frozenset(stop_ids) | end_ids(base)
     results: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    was_training = base.model.training
-    base.model.eval()
-    try:
+    with in_eval_mode(base.model):
         for start in range(0, len(order), batch_size):
             rows = [
                 _Row(index, list(prompts[index]), results[index], _generator(seed, index) if temperature > 0 else None)
@@ -67,8 +66,6 @@ def generate(
             ]
             if not _continue(base, rows, max_new_tokens, temperature, top_p, stops, on_token, should_stop):
                 break
-    finally:
-        base.model.train(was_training)
     return results
 
 

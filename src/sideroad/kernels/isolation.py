@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sideroad.kernels.causal_loss import forward_logits
 from sideroad.kernels.packed_attention import refusal, segment_attention
+from sideroad.modes import in_eval_mode
 
 _LENGTHS = (7, 9, 8)
 _MIDDLE = slice(_LENGTHS[0], _LENGTHS[0] + _LENGTHS[1])
@@ -121,12 +122,6 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
     devices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)), in_eval_mode(model):
+        yield

@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sideroad.base.generation import generate
 from sideroad.data.batches import collate
 from sideroad.data.messages import Message, prompt_of
 from sideroad.data.template import encode_prompt
 from sideroad.kernels.causal_loss import causal_loss
+from sideroad.modes import in_eval_mode
 from sideroad.train.evaluate_config import EvaluateConfig
 from sideroad.train.task_metrics import score, signatures
 
@@ -180,18 +179,6 @@ def evenly(items: Sequence[Any], count: int | None) -> list[Any]:
     if count is None or count >= len(items):
         return list(items)
     return [items[index * len(items) // count] for index in range(count)]
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, and every module back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _questions(
