@@ -22,6 +22,10 @@ def test_names_sources_licences_sizes_and_the_cache(cache: Path) -> None:
     assert str(cache) in spoken.out
 
 
+def test_a_narrow_terminal_keeps_names_whole() -> None:
+    assert "smollm2-135m-instruct " in call("models", columns=80).out
+
+
 def test_json(cache: Path) -> None:
     shown = json.loads(call("models", "--json").out)
     model = next(model for model in shown["models"] if model["name"] == "smollm2-135m-instruct")

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_WIDTH = 160
+_NAME_WIDTH = 32
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 _PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
@@ -49,10 +50,15 @@ def _plain(value: Any) -> Any:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, left: int = 1, title: str = "") -> Table:
-    """A table without a frame; the first `left` columns are words, the others numbers aligned right."""
+    """A table without a frame; the first `left` columns are words, the others numbers aligned right.
+
+    On a narrow terminal the first column stays whole if it is short, so that names can be copied from it.
+    """
+    short = all(len(row[0]) <= _NAME_WIDTH for row in rows)
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title or None, title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index < left else "right", overflow="fold")
+        whole = short and index == 0
+        result.add_column(column, justify="left" if index < left else "right", overflow="fold", no_wrap=whole)
     for row in rows:
         result.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
     return result
