@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from tiny import tiny_llama
 
 from sideroad.attaching import attach
-from sideroad.config import AdapterConfig
-from sideroad.init import start_pair
+from sideroad.config import AdapterConfig, Init
+from sideroad.init import start_pair, starts_as_base
 from sideroad.targets import Target
 
 
@@ -24,6 +25,12 @@ def test_distributions() -> None:
     assert abs(float(A.std()) - bound / math.sqrt(3)) < 0.02 * bound
     assert abs(float(start_pair(target(), "gaussian", 0)["A"].std()) - 1 / 16) < 0.001
     assert not start_pair(target(), "gaussian", 0)["B"].any()
+
+
+def test_an_adapter_starts_as_the_base_where_its_product_is_zero() -> None:
+    for init in get_args(Init):
+        pair = start_pair(target(), init, 0)
+        assert starts_as_base(init) == (not (pair["B"] @ pair["A"]).any()), init
 
 
 def test_seed_and_path_decide() -> None:

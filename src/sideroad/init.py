@@ -17,6 +17,11 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (1,)).item())
 
 
+def starts_as_base(init: Init) -> bool:
+    """Whether a fresh adapter adds exactly zero (B = 0), so that the model still is its base."""
+    return init in ("kaiming", "gaussian")
+
+
 def start_pair(target: Target, init: Init, seed: int) -> dict[str, Tensor]:
     """Return A [rank, in] drawn at random and B [out, rank] of zeros, in fp32 on the CPU.
 

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import CHANGING, small_recipe, step_losses
 
 from sideroad.adapter import Adapter
-from sideroad.train import events
+from sideroad.data.batches import collate
+from sideroad.kernels.isolation import packing as kernel_packing
+from sideroad.train import evaluation, events, finish, steps
 from sideroad.train.recipe import load_recipe
 from sideroad.train.run import train
+from sideroad.train.setup import NAME, prepare
+from sideroad.train.steps import loss_of
 
 METRICS = {
     "step", "loss", "lr", "grad_norm", "trained_tokens", "real_tokens", "computed_tokens", "seconds", "peak_bytes"
@@ -34,8 +39,8 @@ def test_a_run_learns_and_leaves_everything_behind(tmp_path: Path, shared_model_
     assert [line["step"] for line in lines if set(line) == {"step", "validation_loss"}] == [0, 2, 4, 6]
     assert set(lines[-1]) == {"step", "validation_loss", "json_valid"}
     assert set(result.scores) == {"base", "adapted"}
-    assert result.scores["adapted"]["loss"] == pytest.approx(result.last_validation_loss, rel=1e-5)
-    assert result.scores["base"]["loss"] == pytest.approx(result.first_validation_loss, rel=1e-5)
+    assert result.scores["adapted"]["loss"] == result.last_validation_loss
+    assert result.scores["base"]["loss"] == result.first_validation_loss
     assert len(result.samples) == 2
     adapter = Adapter.load(result.adapter)
     assert adapter.base is not None
@@ -61,3 +66,54 @@ def test_metrics_have_nothing_that_json_lacks(tmp_path: Path, shared_model_dir: 
         for line in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
             json.loads(line, parse_constant=refuse)
     assert set(CHANGING) < METRICS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_losses_in_the_scores_are_those_of_validation_and_true_to_the_bit(
+    tmp_path: Path, shared_model_dir: Path, monkeypatch: pytest.MonkeyPatch, keep: str, packing: str, dtype: str
+) -> None:
+    recipe = small_recipe(
+        tmp_path,
+        shared_model_dir,
+        base={"dtype": dtype},
+        data={"packing": packing},
+        train={"keep": keep, "max_steps": 4},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "mean_loss", None)
+        # climbs from the third step on, so that the best step is not the last
+        patch.setattr(steps, "factor", lambda config, step, total: 1.0 if step < 2 else -1.0)
+        result = train(recipe, tmp_path / "run")
+    assert (result.kept_step == result.steps) == (keep == "last")
+
+    setup = prepare(recipe, None, offline=True, emit=lambda event: None)
+    on = setup.material
+    setup.attached.load(NAME, Adapter.load(result.adapter))
+
+    def loss() -> float:
+        batches = [
+            collate([on.validation_examples[index] for index in indices], packed=on.packed, pad_id=on.pad_id)
+            for indices in on.validation
+        ]
+        with kernel_packing(on.model, setup.route), torch.no_grad():
+            return sum(float(loss_of(on.model.eval(), batch)) for batch in batches) / sum(
+                batch.trained_tokens for batch in batches
+            )
+
+    assert result.scores["adapted"]["loss"] == loss()
+    with setup.attached.disabled():
+        assert result.scores["base"]["loss"] == loss()
+
+
+def test_a_start_that_is_not_the_base_is_not_taken_for_it(
+    tmp_path: Path, shared_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "starts_as_base", lambda init: False)
+    taken = []
+    honest = evaluation.mean_loss
+    monkeypatch.setattr(evaluation, "mean_loss", lambda *a, **k: taken.append(1) or honest(*a, **k))
+    result = train(small_recipe(tmp_path, shared_model_dir), tmp_path / "run")
+    assert taken == [1]
+    assert result.first_validation_loss == pytest.approx(result.scores["base"]["loss"], rel=1e-5)

@@ -98,6 +98,7 @@ def evaluate(
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
     root: Path = Path(),
+    known_loss: float | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Scores:
     """Score a model on a data set, with whatever adapters act at the moment (see `Attached.using`, `.disabled`).
@@ -109,17 +110,20 @@ def evaluate(
         max_tokens: tokens run at a time for the loss, padding included; a single longer sequence still runs.
         seed: of the answers, where the temperature is above 0.
         root: where a relative `data_config.chat_template` starts.
+        known_loss: the mean loss of these examples under these weights, where it has been taken already; it is then
+            reported as it is instead of being computed again.
         should_stop: asked before each generated token; True ends the generation early.
     """
     started = time.perf_counter()
-    loss, tokens = mean_loss(base, dataset.examples, packed=packed, max_tokens=max_tokens)
+    if known_loss is None:
+        loss, tokens = mean_loss(base, dataset.examples, packed=packed, max_tokens=max_tokens)
+    else:
+        loss, tokens = known_loss, sum(example.trained_tokens for example in dataset.examples)
     asked, prompts, left_out = _questions(base, dataset.raw, config, data_config, root)
     outputs = _answers(base, prompts, config, seed, should_stop)
     references = [prompt_of(example)[1] for example in asked]
     shown = evenly(range(len(asked)), config.samples)
-    samples = tuple(
-        Sample(asked[i].source, readable(prompt_of(asked[i])[0]), references[i], outputs[i]) for i in shown
-    )
+    samples = tuple(Sample(asked[i].source, readable(prompt_of(asked[i])[0]), references[i], outputs[i]) for i in shown)
     return Scores(
         loss if tokens else None,
         tokens,

@@ -11,6 +11,7 @@ from typing import Any
 import sideroad
 from sideroad.errors import CheckpointError
 from sideroad.files import replace_file
+from sideroad.init import starts_as_base
 from sideroad.train import checkpoint
 from sideroad.train.evaluation import Comparison, evaluate
 from sideroad.train.events import Answers, Evaluating, Event, Kept, Result
@@ -32,7 +33,7 @@ def finish(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop, emit: 
     _choose_weights(place, recipe, setup, loop)
     result = _result(place, recipe, loop)
     _save_adapter(recipe, setup, result, None)
-    comparison = _compare(recipe, setup, emit)
+    comparison = _compare(recipe, setup, _known_losses(recipe, loop), emit)
     if comparison is not None:
         result = replace(result, scores=_scores(comparison), samples=_samples(comparison))
         if comparison.adapted.metrics:
@@ -88,7 +89,18 @@ def _result(place: RunDirectory, recipe: Recipe, loop: Loop) -> Result:
     )
 
 
-def _compare(recipe: Recipe, setup: Setup, emit: Emit) -> Comparison | None:
+def _known_losses(recipe: Recipe, loop: Loop) -> dict[str, float | None]:
+    """Losses of the base and of the kept weights that validation has taken already, bit for bit; None: not taken."""
+    progress = loop.progress
+    if recipe.train.keep == "best":
+        kept = progress.best_loss
+    else:
+        kept = progress.last_validation_loss if progress.validated == progress.step else None
+    fresh = progress.first_validation_loss if starts_as_base(recipe.adapter.method.init) else None
+    return {"base": fresh, "adapted": kept}
+
+
+def _compare(recipe: Recipe, setup: Setup, known: Mapping[str, float | None], emit: Emit) -> Comparison | None:
     dataset = setup.data.validation
     if dataset is None:
         return None
@@ -96,7 +108,13 @@ def _compare(recipe: Recipe, setup: Setup, emit: Emit) -> Comparison | None:
     def scores(who: str) -> Any:
         emit(Evaluating("base" if who == "base" else "adapted", len(dataset.examples)))
         return evaluate(
-            setup.base, dataset, recipe.evaluate, recipe.data, packed=setup.material.packed, seed=recipe.seed
+            setup.base,
+            dataset,
+            recipe.evaluate,
+            recipe.data,
+            packed=setup.material.packed,
+            seed=recipe.seed,
+            known_loss=known[who],
         )
 
     with setup.attached.disabled():
