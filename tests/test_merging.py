@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from contextlib import suppress
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 
 import pytest
 import torch
@@ -231,3 +233,88 @@ def test_meta_models_are_refused() -> None:
         model = nn.Sequential(nn.Linear(9, 9))
     with pytest.raises(MergeError, match="0 is on the meta device"):
         attach(model, AdapterConfig(targets="0")).merge()
+
+
+@pytest.mark.parametrize("moment", [1, 3])
+def test_ctrl_c_while_weights_are_written_waits_for_a_whole_state(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    from sideroad import merging
+
+    calls: list[nn.Module] = []
+
+    def struck(layer: nn.Module, values: dict[str, Tensor]) -> None:
+        calls.append(layer)
+        if len(calls) == moment:
+            signal.raise_signal(signal.SIGINT)
+        genuine(layer, values)
+
+    def strike(act: Callable[[], object]) -> None:
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(merging, "write_parameters", struck)
+            with pytest.raises(KeyboardInterrupt):
+                act()
+        assert len(calls) >= moment
+
+    def enter(block: AbstractContextManager[object]) -> None:
+        with block:
+            raise AssertionError("the interrupt came first")
+
+    genuine = merging.write_parameters
+    handle = two()
+    before = bits(handle.model)
+    strike(lambda: enter(handle.merged()))
+    assert same(bits(handle.model), before)
+    assert (handle.merged_names, dict(handle.active)) == ((), {"a": 1.0})
+    strike(handle.merge)
+    assert handle.merged_names == ("a",)
+    merged = bits(handle.model)
+    strike(lambda: enter(handle.disabled()))
+    assert same(bits(handle.model), merged)
+    assert handle.active == {"a": 1.0}
+    strike(handle.unmerge)
+    assert same(bits(handle.model), before)
+    assert (handle.merged_names, dict(handle.active)) == ((), {"a": 1.0})
+    handle.merge()
+    with pytest.raises(KeyboardInterrupt), handle.disabled():
+        raise KeyboardInterrupt
+    assert same(bits(handle.model), merged)
+    handle.unmerge()
+    strike(handle.merge_and_unload)
+    assert attached(handle.model) is None
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(handle.model.state_dict()[name], merged[name])
+
+
+def test_an_error_while_the_base_is_swapped_in_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sideroad import merging
+
+    handle = two()
+    handle.merge()
+    merged = bits(handle.model)
+    calls: list[nn.Module] = []
+
+    def failing(layer: nn.Module, values: dict[str, Tensor]) -> None:
+        calls.append(layer)
+        if len(calls) == 3:
+            raise MemoryError
+        genuine(layer, values)
+
+    genuine = merging.write_parameters
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "write_parameters", failing)
+        with pytest.raises(MemoryError), handle.disabled():
+            pass
+    assert same(bits(handle.model), merged)
+    assert handle.active == {"a": 1.0}
+
+
+def test_an_error_in_the_middle_says_that_a_base_that_was_not_kept_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sideroad import merging
+
+    def failing(layer: nn.Module, values: dict[str, Tensor]) -> None:
+        raise MemoryError
+
+    handle = two()
+    monkeypatch.setattr(merging, "write_parameters", failing)
+    with pytest.raises(MergeError, match=r"half-way \(MemoryError\) and the base was not kept: load the model again"):
+        handle.merge_and_unload()

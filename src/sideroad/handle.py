@@ -14,7 +14,8 @@ from sideroad.adapter import Adapter
 from sideroad.errors import AdapterError, MergeError, did_you_mean
 from sideroad.fitting import compare_layouts, layout_of, refuse_occupied
 from sideroad.hold import let_go, take_hold
-from sideroad.merging import Merged, merge_into, restore, swap
+from sideroad.interrupts import uninterrupted
+from sideroad.merging import Merged, base_instead, merge_into, restore
 from sideroad.methods import make_delta, tune_delta
 from sideroad.route import Names, Route, by_key, close_layer, deltas_of, escape, open_layer, read_weights, unescape
 from sideroad.targets import Survey, named_exactly
@@ -143,27 +144,16 @@ class Attached:
         Raises:
             MergeError: adapters are merged and the base's bytes were not kept.
         """
-        with self._route.kept():
+        with self._route.kept(), base_instead(self.model, self._merged):
             self._route.live = {}
-            merged = self._merged
-            if merged is None or merged.aside is not None:
-                yield self
-                return
-            if merged.kept is None:
-                raise MergeError("the base was merged with keep_base=False: its weights are gone; load the base again.")
-            merged.aside = swap(self.model, merged.kept)
-            try:
-                yield self
-            finally:
-                swap(self.model, merged.aside)
-                merged.aside = None
+            yield self
 
     @contextmanager
     def merged(self, names: Names | None = None) -> Iterator[Attached]:
         """Merge inside a `with` block and give the base's bytes back afterwards; arguments as in `merge`."""
         already = self._merged is not None
-        self._merge(names, keep_base=True)
         try:
+            self._merge(names, keep_base=True)
             yield self
         finally:
             if not already and self._merged is not None:
@@ -205,11 +195,12 @@ class Attached:
             AdapterError: nothing is active.
         """
         self._refuse_inside("merge_and_unload()")
-        if self._merged is None:
-            self._merge(None, keep_base=False)
-        # a handle that is let go keeps its record of what was untied
-        for name in self.names:
-            self._remove(name)
+        with uninterrupted():
+            if self._merged is None:
+                self._merge(None, keep_base=False)
+            # a handle that is let go keeps its record of what was untied
+            for name in self.names:
+                self._remove(name)
         return self.model
 
     def detach(self, name: str | None = None) -> None:
@@ -224,8 +215,9 @@ class Attached:
         names = self.names if name is None else (name,)
         for one in names:
             self._entry(one)
-        for one in names:
-            self._remove(one)
+        with uninterrupted():
+            for one in names:
+                self._remove(one)
 
     def put(
         self,
@@ -249,13 +241,14 @@ class Attached:
         refuse_occupied(layers, self._route)
         config = description.config
         deltas = {path: make_delta(config, path, layer, tensors[path]) for path, layer in layers.items()}
-        if not self._entries:
-            self._flags = take_hold(self.model, self)
-        for path, layer in layers.items():
-            open_layer(layer, self._route).put(escape(name), deltas[path].requires_grad_(trainable))
-        self._entries[name] = _Entry(description, tuple(targets), tuple(layers))
-        if len(self._entries) == 1:
-            self._route.switch({name: 1.0})
+        with uninterrupted():
+            if not self._entries:
+                self._flags = take_hold(self.model, self)
+            for path, layer in layers.items():
+                open_layer(layer, self._route).put(escape(name), deltas[path].requires_grad_(trainable))
+            self._entries[name] = _Entry(description, tuple(targets), tuple(layers))
+            if len(self._entries) == 1:
+                self._route.switch({name: 1.0})
 
     def refuse_name(self, name: str) -> None:
         """Raise AdapterError if no adapter can get this name: it is empty, or taken."""
@@ -293,17 +286,19 @@ class Attached:
         for key, weight in weights.items():
             for path in self._entries[unescape(key)].paths:
                 pairs.setdefault(path, []).append((self._delta(path, unescape(key)), weight))
-        kept, untied = merge_into(self.model, pairs, keep_base=keep_base)
-        self._merged = Merged(dict(weights), (self._route.active, self._route.live), kept, untied)
-        self._route.active = self._route.live = {}
+        with uninterrupted():
+            kept, untied = merge_into(self.model, pairs, keep_base=keep_base)
+            self._merged = Merged(dict(weights), (self._route.active, self._route.live), kept, untied)
+            self._route.active = self._route.live = {}
 
     def _unmerge(self) -> None:
         merged = self._merged
         if merged is None or merged.kept is None:
             raise MergeError("the base was merged with keep_base=False: its weights are gone; load the base again.")
-        restore(self.model, merged.kept, merged.untied)
-        self._route.active, self._route.live = merged.before
-        self._merged = None
+        with uninterrupted():
+            restore(self.model, merged.kept, merged.untied)
+            self._route.active, self._route.live = merged.before
+            self._merged = None
 
     def _weights(self, names: Names) -> dict[str, float]:
         """Read any way of naming adapters; every name must be known, every weight finite."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import cast
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sideroad.errors import MergeError
+from sideroad.interrupts import uninterrupted
 from sideroad.lowrank import LowRank
 from sideroad.methods import Delta
 from sideroad.ties import Untied, find_ties, retie, untie
@@ -62,12 +64,37 @@ def merge_into(model: nn.Module, parts: Parts, *, keep_base: bool) -> tuple[Kept
     try:
         for path, layer in layers.items():
             write_parameters(layer, merged_parameters(layer, parts[path]))
-    except BaseException:
-        # an interrupt in the middle must not leave half a merge
-        if kept is not None:
-            restore(model, kept, untied)
+    except BaseException as error:
+        if kept is None:
+            raise MergeError(
+                f"merging stopped half-way ({type(error).__name__}) and the base was not kept: load the model again."
+            ) from error
+        restore(model, kept, untied)
         raise
     return kept, untied
+
+
+@contextmanager
+def base_instead(model: nn.Module, merged: Merged | None) -> Iterator[None]:
+    """Put the base's bytes in place of the merged ones inside a block; nothing to do where none are merged.
+
+    Raises:
+        MergeError: the base's bytes were not kept.
+    """
+    if merged is None or merged.aside is not None:
+        yield
+        return
+    if merged.kept is None:
+        raise MergeError("the base was merged with keep_base=False: its weights are gone; load the base again.")
+    try:
+        with uninterrupted():
+            merged.aside = swap(model, merged.kept)
+        yield
+    finally:
+        if merged.aside is not None:
+            with uninterrupted():
+                swap(model, merged.aside)
+                merged.aside = None
 
 
 def restore(model: nn.Module, kept: Mapping[str, Mapping[str, Tensor]], untied: Untied) -> None:
@@ -118,11 +145,16 @@ def write_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def swap(model: nn.Module, values: Mapping[str, Mapping[str, Tensor]]) -> Kept:
-    """Write values into the model and return CPU copies of what they replaced."""
+    """Write values into the model, all or none, and return CPU copies of what they replaced."""
     layers = {path: model.get_submodule(path) for path in values}
     replaced = {path: copy_parameters(layer, tuple(values[path])) for path, layer in layers.items()}
-    for path, layer in layers.items():
-        write_parameters(layer, values[path])
+    try:
+        for path, layer in layers.items():
+            write_parameters(layer, values[path])
+    except BaseException:
+        for path, layer in layers.items():
+            write_parameters(layer, replaced[path])
+        raise
     return replaced
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from tiny import tiny_model_dir
 
 from sideroad.errors import CheckpointError
 from sideroad.train import events
-from sideroad.train.interrupts import Interrupted, uninterrupted
+from sideroad.train.interrupts import Interrupted
 from sideroad.train.recipe import Recipe, dump_recipe
 from sideroad.train.run import train
 from sideroad.train.steps import Stepper
@@ -294,18 +293,3 @@ def test_the_probed_dtype_is_used_again(tmp_path: Path, straight: tuple[Recipe, 
     seen: list[events.Event] = []
     train(auto, run, resume=True, on_event=seen.append)
     assert next(event for event in seen if isinstance(event, events.Planned)).dtype == other
-
-
-def test_ctrl_c_waits_for_the_end_of_a_block() -> None:
-    order = []
-
-    def block() -> None:
-        with uninterrupted():
-            signal.raise_signal(signal.SIGINT)
-            order.append("through")
-        order.append("never")
-
-    with pytest.raises(KeyboardInterrupt):
-        block()
-    assert order == ["through"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

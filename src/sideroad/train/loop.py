@@ -16,10 +16,10 @@ from sideroad.adapter import Adapter
 from sideroad.data.batches import Batch, collate
 from sideroad.data.encode import Encoded
 from sideroad.errors import TrainingError
+from sideroad.interrupts import uninterrupted
 from sideroad.train import checkpoint, optimizer
 from sideroad.train.environment import peak_bytes
 from sideroad.train.events import Checkpointed, Event, StepDone, StoppedEarly, Validated
-from sideroad.train.interrupts import uninterrupted
 from sideroad.train.order import Cursor, Order
 from sideroad.train.progress import Progress
 from sideroad.train.run_directory import RunDirectory
