@@ -303,7 +303,7 @@ FIELDS = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_tra
           "base_model_name_or_path", "use_dora", "novelty")  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3))
 def test_no_configuration_crashes_and_an_accepted_one_can_be_saved(tmp_path: Path, changes: dict[str, Any]) -> None:
     value = adapter()
@@ -320,7 +320,7 @@ def test_no_configuration_crashes_and_an_accepted_one_can_be_saved(tmp_path: Pat
     assert [again.scale(path) for path in value.paths] == [loaded.scale(path) for path in value.paths]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_broken_files_raise_adapter_errors_only(tmp_path: Path, data: st.DataObject) -> None:
     adapter().save(tmp_path / "a")

@@ -15,6 +15,15 @@ LEVEL = {"door": 4, "cli": 3, "train": 2, "compose": 2, "plan": 2, "analyze": 2,
 SIDEWAYS = {("train", "data"), ("compose", "data"), ("compose", "train")}
 CORE = 0
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy", "pydantic")
+LIGHT = {
+    "import sideroad": (),
+    "import sideroad.data.config": ("pydantic",),
+    "import sideroad.train.recipe": ("pydantic",),
+    "import sideroad.base.locate": ("pydantic",),
+    "from sideroad.base import BaseConfig, CATALOG, cache_dir, cached\n"
+    "cached('smollm2-135m-instruct'), CATALOG['smollm2-135m-instruct'].config()": ("pydantic",),
+}
+"""Code and which of `HEAVY` it may load."""
 HELP = ([], ["--help"], ["train", "--help"], ["chat", "--help"], ["--version"])
 
 
@@ -58,13 +67,23 @@ def test_a_layer_that_points_up_is_seen() -> None:
     assert allowed("cli", "core")
 
 
+def loaded_by(code: str) -> set[str]:
+    """Which of `HEAVY` a new interpreter has loaded after that code."""
+    code = f"import sys\n{code}\nprint('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return set(shown.splitlines()[-1].split()[1:])
+
+
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    code = (
-        "import sys; from sideroad.cli.main import app\n"
-        f"try: app({arguments!r})\n"
-        "except SystemExit: pass\n"
-        f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.splitlines()[-1] == "LOADED []"
+    code = f"from sideroad.cli.main import app\ntry: app({arguments!r})\nexcept SystemExit: pass"
+    assert loaded_by(code) == set()
+
+
+@pytest.mark.parametrize("code", LIGHT)
+def test_the_light_modules_import_nothing_heavy(code: str) -> None:
+    assert loaded_by(code) <= set(LIGHT[code])
+
+
+def test_what_is_loaded_is_seen() -> None:
+    assert "numpy" in loaded_by("import numpy")

@@ -20,7 +20,7 @@ def random(out: int = 7, into: int = 9, rank: int = 3, seed: int = 0, dtype: tor
 sizes = st.integers(1, 8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(out=sizes, into=sizes, rank=sizes, keep=sizes, seed=st.integers(0, 99))
 def test_algebra_agrees_with_dense(out: int, into: int, rank: int, keep: int, seed: int) -> None:
     low = random(out, into, rank, seed, torch.float64)

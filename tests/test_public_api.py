@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,13 +41,6 @@ def test_no_public_name_is_also_a_module() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = sideroad.trian
-
-
-def test_importing_sideroad_loads_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "pydantic")
-    code = f"import sideroad, sys; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_every_error_has_its_exit_code() -> None:

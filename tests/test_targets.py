@@ -167,9 +167,9 @@ def test_seven_billion_on_meta_in_a_second() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig())
     attach(tiny_llama(), AdapterConfig())  # the first attach imports the compiler's settings
-    started = time.perf_counter()
+    started = time.process_time()
     handle = attach(model, AdapterConfig(), seed=0)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
     assert sum(parameter.numel() for parameter in handle.parameters("default").values()) == 19_988_480
     assert all(parameter.is_meta for parameter in handle.parameters("default").values())
 
@@ -178,7 +178,7 @@ part = st.sampled_from(["a", "b", "0", "1"])
 path = st.lists(part, min_size=1, max_size=4).map(".".join)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(everything=st.sets(path, min_size=1, max_size=12), data=st.data())
 def test_shortest_names_mean_exactly_the_paths(everything: set[str], data: st.DataObject) -> None:
     chosen = data.draw(st.sets(st.sampled_from(sorted(everything)), min_size=1))

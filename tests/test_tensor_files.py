@@ -22,7 +22,7 @@ TENSORS = {
     "b": torch.linspace(-1, 1, 5).bfloat16(),
     "c": torch.tensor([float("nan"), -0.0], dtype=torch.float16),
 }
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def raw_file(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

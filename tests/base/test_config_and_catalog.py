@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from sideroad.base.catalog import CATALOG
@@ -41,17 +38,6 @@ def test_catalogue_entries_are_complete(model) -> None:
     assert model.licence == "apache-2.0"
     assert model.config()["architectures"]
     assert model.source == f"{model.package} {model.version}"
-
-
-def test_the_light_names_import_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys; from sideroad.base import BaseConfig, CATALOG, cache_dir, cached; cached('smollm2-135m-instruct');"
-        "CATALOG['smollm2-135m-instruct'].config();"
-        "import sideroad.base.locate;"
-        "print([n for n in ('torch', 'transformers') if n in sys.modules])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
 
 
 def test_a_name_that_does_not_exist() -> None:

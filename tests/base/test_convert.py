@@ -153,7 +153,7 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
 @pytest.mark.all
 def test_the_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SIDEROAD_CACHE")
-    base = load_base(BaseConfig(model="smollm2-135m-instruct", device="cpu"))
+    base = load_base(BaseConfig(model="smollm2-135m-instruct", dtype="float32", device="cpu"))
     assert base.identity.parameters == CATALOG["smollm2-135m-instruct"].parameters
     shipped = CATALOG["smollm2-135m-instruct"].config()
     values = base.model.config.to_dict()

@@ -54,10 +54,10 @@ def test_a_slow_machine_makes_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_real_probe_is_short() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     choice = choose_dtype(torch.device("cpu"))
     assert choice.dtype in (torch.float32, torch.bfloat16)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_other_devices_say_that_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

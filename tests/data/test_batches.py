@@ -13,7 +13,7 @@ LENGTHS = st.lists(st.integers(1, 60), max_size=200)
 LIMIT = st.one_of(st.none(), st.integers(1, 150))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     LENGTHS,
     st.one_of(st.none(), st.integers(1, 12)),
@@ -83,7 +83,7 @@ def test_limits_are_needed(limits: dict[str, int]) -> None:
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=12), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ROWS, st.booleans())
 def test_targets_are_the_next_trained_token_of_the_same_sequence(
     rows: list[list[tuple[int, bool]]], packed: bool

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from sideroad.config import validate
@@ -37,10 +34,3 @@ def test_wrong_values(values: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(DataConfig, values, "recipe.yaml")
     assert words in str(caught.value)
-
-
-def test_the_section_is_light_to_import() -> None:
-    code = (
-        "import sys, sideroad.data.config; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

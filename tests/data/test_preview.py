@@ -15,7 +15,7 @@ from sideroad.data.preview import decode, preview, sample_of
 TOKENIZER = families.family(families.CHATML)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=30), st.lists(st.booleans(), min_size=200, max_size=200))
 def test_pieces_join_to_the_decoded_sequence(text: str, marks: list[bool]) -> None:
     ids = TOKENIZER(f"<|im_start|>{text}<|im_end|>", add_special_tokens=False)["input_ids"]

@@ -16,6 +16,9 @@ from sideroad.attaching import Attached, attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.targets import resolve
 
+# PEFT asks for transformers' old name of activation checkpointing.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 IDS = torch.arange(2 * 9).reshape(2, 9) * 7 % 97
 
 

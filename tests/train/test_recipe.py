@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -145,9 +142,3 @@ def test_a_missing_recipe_names_its_neighbours(tmp_path: Path) -> None:
 )
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, told: str) -> None:
     assert told in message(tmp_path, text)
-
-
-def test_a_recipe_needs_no_torch() -> None:
-    code = "import sys, sideroad.train.recipe; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-    assert shown.stdout.strip() == "[]"
