@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= examples/quickstart.yaml
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all lint types bench clean help
 
@@ -13,10 +14,10 @@ demo: $(VENV)/.installed            ## set up, then adapt a real model on the qu
 	$(BIN)/sideroad train $(DEMO)
 
 test: $(VENV)/.installed-dev        ## set up, then run the tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.installed-dev    ## every law over every combination, and the tests that need the real model
-	$(BIN)/python -m pytest -m "all or not all"
+	$(PYTEST) -m "all or not all"
 
 lint: $(VENV)/.installed-dev        ## style
 	$(BIN)/ruff check src tests bench
