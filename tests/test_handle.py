@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
@@ -11,7 +14,7 @@ from tiny import IDS, fill, tiny_llama
 from torch import Tensor
 
 from sideroad.adapter import BaseRecord
-from sideroad.attaching import Attached, attach
+from sideroad.attaching import Attached, attach, attached
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError, MergeError
 
@@ -205,3 +208,36 @@ def test_activate_while_merged_is_refused() -> None:
     with pytest.raises(MergeError, match='adapter "a" is merged; unmerge'):
         handle.load("a", handle.adapter("a"))
     assert handle.names == ("a", "b", "c.d", "unused")
+
+
+def test_a_second_thread_sees_the_block_but_cannot_switch() -> None:
+    handle = three()
+    before = handle.active
+    with handle.using("b"):
+        inside = logits(handle)
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(logits, handle).result(), inside)
+            for act in (lambda: handle.using(()).__enter__(), lambda: handle.disabled().__enter__(),
+                        lambda: handle.activate("a"), lambda: handle.merged().__enter__()):  # fmt: skip
+                with pytest.raises(AdapterError, match="another thread is inside"):
+                    pool.submit(act).result()
+        assert handle.active == {"b": 1.0}
+        with handle.disabled():
+            pass
+    assert handle.active == before
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(handle.activate, "a").result()
+    assert handle.active == {"a": 1.0}
+
+
+def test_a_copy_made_inside_a_block_is_not_inside_it() -> None:
+    handle = three()
+    with handle.using("b"):
+        for copied in (copy.deepcopy(handle.model), pickle.loads(pickle.dumps(handle.model))):
+            other = attached(copied)
+            assert other is not None
+            assert other.active == {"b": 1.0}
+            other.merge()
+            other.unmerge()
+            other.detach()
+    assert handle.active == {"a": 1.0}

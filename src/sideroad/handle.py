@@ -36,6 +36,9 @@ class Attached:
     Active and trainable are separate: no switch changes a `requires_grad`. With gradient checkpointing, run `backward`
     inside the same `using` or `disabled` block as the forward: it computes activations again.
 
+    Which adapters act is one state of the model: every thread's forward sees it. While one thread is inside a block,
+    others may run the model (with the block's choice) but cannot switch it. Do not `await` inside a block.
+
     Args:
         model: the model that adapters are attached to; use `attach` to make a handle.
     """
@@ -273,6 +276,7 @@ class Attached:
             let_go(self.model, self._flags)
 
     def _merge(self, names: Names | None, *, keep_base: bool) -> None:
+        self._route.refuse_strangers()
         weights = self._route.live if names is None else by_key(self._weights(names))
         if self._merged is not None:
             if names is not None and weights != self._merged.weights:

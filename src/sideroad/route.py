@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, cast
 from urllib.parse import unquote
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from sideroad.errors import AdapterError
 
 CHILD = "lora"
 """Name of the child module on an adapted layer."""
@@ -30,9 +33,19 @@ class Route:
         """What the hooks add: `active`, or nothing while disabled or merged."""
         self.depth = 0
         """Open `kept` blocks."""
+        self._holder: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made inside a block keeps what acts there; the block itself stays with the original."""
+        return {**self.__dict__, "depth": 0, "_holder": {}}
 
     def switch(self, weights: Mapping[str, float]) -> None:
-        """Let exactly these adapters act, given by name."""
+        """Let exactly these adapters act, given by name.
+
+        Raises:
+            AdapterError: another thread has an open block.
+        """
+        self.refuse_strangers()
         self.active = self.live = by_key(weights)
 
     def drop(self, key: str) -> None:
@@ -42,14 +55,30 @@ class Route:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Restore the present state when the block is left, whatever happened inside."""
-        before = self.active, self.live
-        self.depth += 1
+        """Restore the present state when the block is left, whatever happened inside.
+
+        Raises:
+            AdapterError: another thread has an open block; if both restored what they found, one would win for good.
+        """
+        # one dictionary operation, so that two threads cannot both find it empty
+        self._holder.setdefault("thread", get_ident())
+        self.refuse_strangers()
+        before = self.active, self.live, self.depth
         try:
+            self.depth += 1
             yield
         finally:
-            self.depth -= 1
-            self.active, self.live = before
+            self.active, self.live, self.depth = before
+            if not self.depth:
+                self._holder.clear()
+
+    def refuse_strangers(self) -> None:
+        """Raise AdapterError if another thread than this one has an open block."""
+        if self._holder.get("thread", get_ident()) != get_ident():
+            raise AdapterError(
+                "another thread is inside a using() or disabled() block of this model. Which adapters act is one state "
+                "for all threads: let one thread switch, or give each thread a copy of the model."
+            )
 
 
 class Deltas(nn.Module):
