@@ -1,10 +1,9 @@
-"""The base section and the list of named models."""
+"""The base section of a recipe."""
 
 from __future__ import annotations
 
 import pytest
 
-from sideroad.base.catalog import CATALOG
 from sideroad.base.config import BaseConfig
 from sideroad.config import validate
 from sideroad.errors import ConfigError
@@ -30,14 +29,6 @@ def test_every_wrong_value_is_reported_at_once() -> None:
 @pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:11"])
 def test_devices_by_name(device: str) -> None:
     assert BaseConfig(model="x", device=device).device == device
-
-
-@pytest.mark.parametrize("model", CATALOG.values(), ids=CATALOG)
-def test_catalogue_entries_are_complete(model) -> None:
-    assert len(model.wheel_sha256) == len(model.weights_sha256) == 64
-    assert model.licence == "apache-2.0"
-    assert model.config()["architectures"]
-    assert model.source == f"{model.package} {model.version}"
 
 
 def test_a_name_that_does_not_exist() -> None:
