@@ -87,3 +87,15 @@ def test_broken_json_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"env.json is not valid JSON"):
         run.read_json(run.environment)
     assert run.read_json(run.result) is None
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    place = RunDirectory(tmp_path)
+    for name in (".recipe.yaml.0a1b2c3d.tmp", ".env.json.00000000.tmp", ".loss.png.0a1b2c3d.tmp"):
+        (tmp_path / name).write_text("half")
+    for name in (".adapter.0a1b2c3d.tmp", ".adapter.0a1b2c3e.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("half")
+    (tmp_path / ".notes.tmp").write_text("mine")
+    with place.held(resume=False):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".notes.tmp"]

@@ -7,12 +7,16 @@ import fcntl
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sideroad.errors import CheckpointError
 from sideroad.files import read_json, replace_file
+
+_LEFTOVER = re.compile(r"\.[a-z]+(\.[a-z]+)?\.[0-9a-f]{8}\.(tmp|old)")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -75,9 +79,16 @@ class RunDirectory:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
+            self._sweep()
             if not resume:
                 self._refuse_existing()
             yield
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half written beside its place."""
+        for path in self.path.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _refuse_existing(self) -> None:
         held = [item.name for item in (self.recipe, self.metrics, self.checkpoints, self.adapter) if item.exists()]
