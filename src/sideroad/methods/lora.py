@@ -15,7 +15,8 @@ class LoraDelta(nn.Module):
         y' = y + s · B A dropout(x)        and with a trained bias b':   + (b' - b)
 
     The products run in the input's dtype: the factors are cast, the input never is, so layers that read one input
-    share one saved activation. Dropout acts on the branch's input alone, while this module is in training mode.
+    share one saved activation. While B is zero, y' equals y in every element (a -0.0 may become 0.0). Dropout acts on
+    the branch's input alone, while this module is in training mode.
 
     Args:
         A: [rank, in]; taken as it is, its dtype is the storage dtype.
