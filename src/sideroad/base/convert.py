@@ -24,6 +24,8 @@ from sideroad.errors import BaseModelError
 logger = logging.getLogger("sideroad.base.convert")
 
 _CHECK_TEXTS = ("In 2024,\n\n12 plus  345 is 357.", "def f(x):\n\treturn x['k'] != 3.14  # café 北京", " I'll  go")
+# What transformers and the gguf package raise on a file they cannot read.
+_REFUSALS = (ValueError, KeyError, RuntimeError, OSError, ImportError)
 _SHARD = "200GB"
 _SPLIT_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -45,7 +47,7 @@ def convert_gguf(file: Path, entry: Path) -> dict[str, Any]:
             model, dtype = _dense_model(file)
             model.save_pretrained(entry, max_shard_size=_SHARD)
             rule = _save_tokenizer(file, metadata, model.config, entry)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, ImportError) as error:
+    except _REFUSALS as error:
         raise BaseModelError(f"{file.name} cannot be converted: {type(error).__name__}: {error}") from error
     _check_weights(model, entry)
     return {
@@ -85,7 +87,7 @@ def gguf_config(file: Path) -> Any:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
-    except (ValueError, KeyError, NotImplementedError, OSError, ImportError) as error:
+    except _REFUSALS as error:
         raise BaseModelError(f"{file.name} cannot be read: {type(error).__name__}: {error}") from error
     return _plain(config)
 

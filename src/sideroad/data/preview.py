@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from sideroad.data.encode import Encoded
@@ -50,7 +51,8 @@ def sample_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> PreviewSa
     cuts = [0]
     for border in borders[1:-1]:
         begun = decode(encoded.ids[:border], tokenizer)
-        cuts.append(max(cuts[-1], _common(begun, whole)))
+        # An unfinished character decodes to U+FFFD; where the whole has one in that place, it is really there.
+        cuts.append(max(cuts[-1], len(commonprefix((begun, whole)))))
     cuts.append(len(whole))
     runs = tuple(
         (whole[begin:end], encoded.trained[border])
@@ -62,10 +64,3 @@ def sample_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> PreviewSa
 def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of ids with special tokens shown and nothing tidied up."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _common(begun: str, whole: str) -> int:
-    # An unfinished character decodes to U+FFFD; where the whole has one in that place, it is really there.
-    if whole.startswith(begun):
-        return len(begun)
-    return next(at for at, (a, b) in enumerate(zip(begun, whole + "\0", strict=False)) if a != b)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,12 @@ class Template:
         Args:
             generation: end where the assistant begins to write.
         Raises:
-            DataError: the template refuses the conversation, or there is none and the messages need one.
+            DataError: the template refuses the conversation, there is none and the messages need one, or the text is
+                not Unicode.
         """
+        return _encodable(self._text(messages, tools, generation))
+
+    def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generation: bool) -> str:
         if not self.chat:
             return self._join(messages, tools, generation)
         has_system = any(message.role in ("system", "developer") for message in messages[:1])
@@ -64,7 +69,7 @@ class Template:
 
     def document(self, text: str) -> str:
         """Return plain text with BOS where the tokenizer itself would put one, and EOS at the end."""
-        return self._begin(text) + text + (self.tokenizer.eos_token or "")
+        return _encodable(self._begin(text) + text + (self.tokenizer.eos_token or ""))
 
     @cached_property
     def turn_end(self) -> str | None:
@@ -86,7 +91,7 @@ class Template:
             begun, plain = self._apply(asked, (), True), self._apply(asked, (), False)
         except DataError:
             return ""
-        cut = _common(begun, plain)
+        cut = len(commonprefix((begun, plain)))
         # `<|end|>` and `<|assistant|>` begin alike; never cut inside a token's text.
         for token in self.added_tokens:
             at = begun.rfind(token, 0, cut + len(token))
@@ -234,11 +239,14 @@ def _check_system(template: Template, system: str) -> None:
         raise DataError("data.system: the chat template leaves system messages out; remove data.system")
 
 
-def _common(one: str, other: str) -> int:
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return index
-    return min(len(one), len(other))
+def _encodable(text: str) -> str:
+    """Refuse what no tokenizer takes: half of a surrogate pair, from a JSON escape or from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text is not Unicode: half of a character, {text[error.start]!r}, stands after "
+                        f"{text[max(0, error.start - 20) : error.start]!r}; mend or remove it") from error
+    return text
 
 
 def _arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:

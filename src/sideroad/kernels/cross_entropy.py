@@ -36,6 +36,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum in chunks of rows; each row's peak and mass, the sum of exp(z - peak), are kept for `backward`."""
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         peaks = logits.new_zeros(len(targets), dtype=dtype)
         masses = logits.new_ones(len(targets), dtype=dtype)
