@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from sideroad.data.encode import Encoded
+from sideroad.data.template import shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ def sample_of(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> PreviewSa
     for border in borders[1:-1]:
         begun = decode(encoded.ids[:border], tokenizer)
         # An unfinished character decodes to U+FFFD; where the whole has one in that place, it is really there.
-        cuts.append(max(cuts[-1], len(commonprefix((begun, whole)))))
+        cuts.append(max(cuts[-1], shared_length(begun, whole)))
     cuts.append(len(whole))
     runs = tuple(
         (whole[begin:end], encoded.trained[border])

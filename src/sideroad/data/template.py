@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +90,7 @@ class Template:
             begun, plain = self._apply(asked, (), True), self._apply(asked, (), False)
         except DataError:
             return ""
-        cut = len(commonprefix((begun, plain)))
+        cut = shared_length(begun, plain)
         # `<|end|>` and `<|assistant|>` begin alike; never cut inside a token's text.
         for token in self.added_tokens:
             at = begun.rfind(token, 0, cut + len(token))
@@ -247,6 +246,12 @@ def _encodable(text: str) -> str:
         raise DataError(f"the text is not Unicode: half of a character, {text[error.start]!r}, stands after "
                         f"{text[max(0, error.start - 20) : error.start]!r}; mend or remove it") from error
     return text
+
+
+def shared_length(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _arguments_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
