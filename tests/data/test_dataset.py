@@ -140,6 +140,26 @@ def test_what_is_broken_is_refused(tmp_path: Path, code: str) -> None:
     assert f"({code})" in str(caught.value)
 
 
+def test_half_of_a_character_is_refused_with_its_line(tmp_path: Path) -> None:
+    loaded = load(tmp_path, [*ROWS, {"prompt": "a \ud83d b", "completion": "c"}])
+    refused = found(loaded)["refused"]
+    assert refused.severity == "error"
+    assert refused.examples[0].startswith("train.jsonl:13: the text is not Unicode: half of a character, '\\ud83d'")
+
+
+def test_half_of_a_character_in_plain_text_is_refused(tmp_path: Path) -> None:
+    assert found(load(tmp_path, [{"text": "a \ud83d b"}]))["refused"].count == 1
+
+
+def test_tools_that_the_template_leaves_out_are_told(tmp_path: Path) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "let me see", "tool_calls": [call]}]
+    described = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    for row in ({"messages": turns}, {**chat(("user", "a"), ("assistant", "b")), "tools": [described]}):
+        finding = found(load(tmp_path, [*[chat(("user", "a"), ("assistant", "b"))] * 3, row]))["lost-content"]
+        assert finding.examples == ("train.jsonl:4: no trace of the tool 'weather'",)
+
+
 def test_errors_come_at_once(tmp_path: Path) -> None:
     loaded = load(tmp_path, ROWS, template="{{ bos_token + bos_token }}" + families.CHATML_NO_END)
     with pytest.raises(

@@ -155,7 +155,7 @@ def test_rows_that_do_not_fit_are_named_with_line_and_field() -> None:
 
 
 def test_a_message_without_content_names_the_line() -> None:
-    with pytest.raises(DataError, match=r"^t.jsonl line 2: message 1: the user message has no content$"):
+    with pytest.raises(DataError, match=r"^t.jsonl line 2: message 1: the user message has no content; its keys"):
         read({"messages": CHAT}, {"messages": [{"role": "user"}]})
 
 

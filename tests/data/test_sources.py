@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ def test_parquet_and_gzip(tmp_path: Path) -> None:
         ("a.jsonl", f"{LINE}\n[1, 2]\n", "a.jsonl line 2: must be an object with columns; found '[1, 2]'"),
         ("a.jsonl", f"{LINE}\n{{}}\n", "a.jsonl line 2: must be an object with columns"),
         ("a.json", f"[{LINE},\n  {{]", "a.json line 2: not JSON"),
+        ("a.jsonl", "[" * 99999 + "]" * 99999, "a.jsonl line 1: not JSON: maximum recursion depth"),
+        ("a.json", "[" * 99999 + "]" * 99999, "a.json: not JSON: maximum recursion depth"),
+        ("a.json", f'[{{"prompt": {"9" * 5000}}}]', "a.json: not JSON: Exceeds the limit"),
         ("a.json", "3", "a.json: must be a list of objects; found int"),
         ("a.json", "[3]", "a.json item 1: must be an object"),
         ("a.json", "[]", "a.json holds no rows"),
@@ -200,3 +204,45 @@ def test_a_typo_below_an_existing_directory_is_no_hub_set(tmp_path: Path) -> Non
     put(tmp_path / "data", "snips.jsonl", LINE)
     with pytest.raises(DataError, match=r'there is no "snip" in .*Did you mean \'snips.jsonl\''):
         read("data/snip", tmp_path)
+
+
+def test_offline_lets_no_library_look_at_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+    import huggingface_hub
+
+    seen: list[tuple[bool, bool]] = []
+
+    def load(*_: Any, **__: Any) -> list[dict[str, str]]:
+        seen.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.is_offline_mode()))
+        return [ROW]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    read("owner/set", tmp_path)
+    read("owner/set", tmp_path, offline=True)
+    monkeypatch.setenv("SIDEROAD_OFFLINE", "1")
+    read("owner/set", tmp_path)
+    assert seen == [(False, False), (True, True), (True, True)]
+    assert (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE) == (False, False)
+
+
+def test_a_damaged_gzip_file_is_said(tmp_path: Path) -> None:
+    packed = gzip.compress(b"".join(b"%d" % number**9 for number in range(999)))
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[:40] + bytes(8) + packed[48:])
+    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read: Error -3 while decompressing"):
+        read("a.jsonl.gz", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["link.jsonl", "pipe.jsonl"])
+def test_a_broken_link_and_a_pipe_are_called_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link.jsonl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=rf'no data at "{name}": it is a broken link, a pipe or a device'):
+        read(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "~nobody-of-this-name/x.jsonl"])
+def test_a_path_that_cannot_be_is_missing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="no data at"):
+        read(name, tmp_path)

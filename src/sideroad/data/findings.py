@@ -16,7 +16,7 @@
     truncated-prompt, truncated-end, split      note      rows cut or split without loss of an answer
     joined-token                warning   answers that begin in the middle of a token
     empty-answer                warning   assistant turns without text
-    lost-content                warning   text of a message that the template does not show
+    lost-content                warning   text of a message, a tool or a call of one that the template does not show
     rewritten-content           note      text of a message that the template changes in its white space
     special-token               warning   text of a message that contains a special token
     duplicates                  warning   rows that occur more than once
@@ -31,12 +31,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sideroad.data.config import DataConfig
 from sideroad.data.encode import Outcome
+from sideroad.data.messages import Example
 from sideroad.data.template import Template
 from sideroad.errors import DataError, raise_findings
 
@@ -93,7 +94,7 @@ _BY_REMARK: Mapping[str, tuple[Severity, str]] = {
     "joined-token": ("warning", "{rows} in which an answer begins inside a token, which is not trained; "
                      "end prompts without a space, or begin answers without one"),
     "empty-answer": ("warning", "{rows} with an empty answer"),
-    "lost-content": ("warning", "{rows} with text that the chat template does not show (thinking removed, rewriting)"),
+    "lost-content": ("warning", "{rows} with text or tools that the chat template does not show"),
     "rewritten-content": ("note", "{rows} with white space that the chat template changes"),
     "special-token": ("warning", "{rows} with a special token written out in a message; it acts as that token"),
 }
@@ -199,7 +200,17 @@ def _content_remarks(outcome: Outcome, template: Template) -> dict[str, str]:
             found["rewritten-content"] = f"message {number}"
         else:
             found["lost-content"] = f"message {number} ({message.role}): {content[:40]!r}"
+    if lost := [name for name in _functions(outcome.example) if name not in outcome.text]:
+        found["lost-content"] = f"no trace of the tool {lost[0]!r}"
     return found
+
+
+def _functions(example: Example) -> Iterator[str]:
+    """Names of the functions an example describes or calls."""
+    for described in (*example.tools, *(call for message in example.messages for call in message.tool_calls)):
+        name = described.get("function", described).get("name")
+        if isinstance(name, str):
+            yield name
 
 
 def _pattern(specials: tuple[str, ...]) -> Callable[[str], str | None]:

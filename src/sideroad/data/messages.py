@@ -160,7 +160,8 @@ def _read_message(item: Mapping[str, Any], context_only: bool) -> Message:
     if calls and role != "assistant":
         raise DataError(f"tool_calls belong to the assistant, not to {role}")
     if "content" not in known and not calls:
-        raise DataError(f"the {role} message has no content" + (" and no tool_calls" if role == "assistant" else ""))
+        nor = " and no tool_calls" if role == "assistant" else ""
+        raise DataError(f"the {role} message has no content{nor}; its keys are {', '.join(item)}. Give it text")
     content = _text_of(known.pop("content", ""))
     weight = known.pop("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
@@ -194,7 +195,7 @@ def _read_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"the arguments of tool call {function['name']!r} are not JSON: {error}") from error
     if not isinstance(arguments, Mapping):
         raise DataError(f"the arguments of tool call {function['name']!r} must be an object; found {_shown(arguments)}")
@@ -205,7 +206,7 @@ def _read_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
 def _calls_of_text(text: object, number: int, problems: list[str]) -> list[Any]:
     try:
         parsed = json.loads(text) if isinstance(text, str) else text
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = None
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not all(isinstance(call, Mapping) and "name" in call for call in calls):
@@ -219,7 +220,7 @@ def _list_of_objects(value: object, name: str) -> Sequence[Mapping[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name} is text but not JSON: {error}") from error
     if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
         raise DataError(f"{name} must be a list of objects; found {_shown(value)}")

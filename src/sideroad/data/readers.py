@@ -80,7 +80,7 @@ def _read_jsonl(name: str, text: str, problems: list[str]) -> Iterator[Row]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{name} line {number}: not JSON: {error}; found {line.strip()[:60]!r}")
             continue
         yield from _row(value, name, number, "line", problems)
@@ -94,6 +94,9 @@ def _read_json(name: str, text: str, problems: list[str]) -> Iterator[Row]:
             yield from _read_jsonl(name, text, problems)
             return
         problems.append(f"{name} line {error.lineno}: not JSON: {error.msg} (column {error.colno})")
+        return
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{name}: not JSON: {error}")
         return
     if isinstance(value, dict) and len(lists := [item for item in value.values() if isinstance(item, list)]) == 1:
         value = lists[0] if len(value) == 1 else [value]
@@ -109,7 +112,7 @@ def _read_json(name: str, text: str, problems: list[str]) -> Iterator[Row]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from sideroad.base.fetch import is_offline
 from sideroad.data.readers import SUFFIXES, Row, kind_of, read_rows
 from sideroad.errors import DataError
 
@@ -44,17 +48,17 @@ def read_source(source: str, *, root: Path, split: Split, offline: bool = False)
         source: file, directory or hub set (the syntax is in `DataConfig`).
         root: where relative paths start.
         split: which files of a directory, and which split of a hub set, are meant.
-        offline: take a hub set only from the local cache.
+        offline: take a hub set only from the local cache; SIDEROAD_OFFLINE does the same.
     Raises:
         DataError: missing (with near names), empty, or unreadable, with file and line; up to 20 lines at once.
     """
-    path = (root / Path(source).expanduser()) if not source.startswith("hub:") else None
-    if path is not None and path.is_file():
+    path = (root / os.path.expanduser(source)) if not source.startswith("hub:") else None
+    if path is not None and os.path.isfile(path):
         return _read_files([path], named=path.name)
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):
         return _read_files(_files_of(path, split), named=f"{source} ({split})")
     if path is None or _may_be_hub(source, root):
-        return _read_hub(source, split, offline)
+        return _read_hub(source, split, is_offline(offline))
     raise DataError(_missing(source, path))
 
 
@@ -67,7 +71,7 @@ def _read_files(paths: Iterable[Path], named: str) -> Source:
             data = path.read_bytes()
             files[path.name] = hashlib.sha256(data).hexdigest()
             rows.extend(read_rows(path.name, gzip.decompress(data) if path.suffix == ".gz" else data, path, problems))
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             problems.append(f"{path}: cannot be read: {error}")
     if problems:
         raise DataError(_listed(named, problems))
@@ -106,16 +110,18 @@ def _may_be_hub(source: str, root: Path) -> bool:
 
 
 def _missing(source: str, path: Path) -> str:
+    if os.path.lexists(path):
+        return f'no data at "{source}": it is a broken link, a pipe or a device. Give a file or a directory.'
     parent = path.parent
-    while not parent.is_dir():
+    while not os.path.isdir(parent):
         parent = parent.parent
     names = sorted(item.name for item in parent.iterdir())
     wanted = path.relative_to(parent).parts[0] if path.is_relative_to(parent) else path.name
     near = get_close_matches(wanted, names, n=3, cutoff=0.5)
     hint = f' Did you mean {" or ".join(repr(name) for name in near)}?' if near else ""
     listed = f" It holds: {', '.join(names[:12])}{' …' if len(names) > 12 else ''}." if names and not near else ""
-    return (f'no data at "{source}": there is no "{wanted}" in {parent}.{hint}{listed} '
-            "Relative paths start at the recipe file.")
+    return (f'no data at "{source}": there is no "{wanted}" in {parent.resolve()}.{hint}{listed} '
+            "Relative paths start at the recipe file, those on the command line where you are.")
 
 
 def _read_hub(source: str, split: Split, offline: bool) -> Source:
@@ -126,10 +132,11 @@ def _read_hub(source: str, split: Split, offline: bool) -> Source:
 
     wanted = match["split"] or split
     try:
-        table = datasets.load_dataset(
-            match["id"], match["config"], split=wanted,
-            download_config=datasets.DownloadConfig(local_files_only=offline),
-        )
+        with _network(off=offline):
+            table = datasets.load_dataset(
+                match["id"], match["config"], split=wanted,
+                download_config=datasets.DownloadConfig(local_files_only=offline),
+            )
     except Exception as error:  # the library raises whatever its many backends raise
         raise DataError(
             f'"{source}" is no file or directory here, and as a hub set (split "{wanted}") it could not be read'
@@ -144,3 +151,18 @@ def _read_hub(source: str, split: Split, offline: bool) -> Source:
     if not rows:
         raise DataError(f'hub set "{source}" has no rows in split "{wanted}"')
     return Source(tuple(rows), {f"{match['id']}:{wanted}": digest.hexdigest()})
+
+
+@contextmanager
+def _network(*, off: bool) -> Iterator[None]:
+    """Within the block and with `off`, the hub's libraries send nothing: `local_files_only` still asks who is there."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if off:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
