@@ -15,7 +15,7 @@ from small_runs import assert_same_run, records, small_recipe, tiny_gpt2_dir
 from tiny import tiny_model_dir
 
 from sideroad.errors import CheckpointError
-from sideroad.train import events
+from sideroad.train import events, steps
 from sideroad.train.interrupts import Interrupted
 from sideroad.train.recipe import Recipe, dump_recipe
 from sideroad.train.run import train
@@ -281,6 +281,45 @@ def test_another_environment_is_told(tmp_path: Path, straight: tuple[Recipe, Pat
     seen: list[events.Event] = []
     train(recipe, run, resume=True, on_event=seen.append)
     assert any(isinstance(event, events.Note) and "threads was 99 and is" in event.text for event in seen)
+
+
+def test_a_lost_environment_is_told(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, whole = straight
+    run = interrupted_run(tmp_path, recipe)
+    (run / "env.json").unlink()
+    seen: list[events.Event] = []
+    train(recipe, run, resume=True, on_event=seen.append)
+    assert any(isinstance(event, events.Note) and "env.json is gone" in event.text for event in seen)
+    assert_same_run(run, whole)
+
+
+def test_a_damaged_best_checkpoint_never_becomes_the_adapter(
+    tmp_path: Path, straight: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _ = straight
+    # climbs from the third step on, so that the best step is not the last
+    monkeypatch.setattr(steps, "factor", lambda config, step, total: 1.0 if step < 2 else -1.0)
+    run = interrupted_run(tmp_path, recipe)
+    weights = run / "checkpoints" / "step-00000002" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-00000002 is torn: adapter/adapter_model.safetensors does"):
+        train(recipe, run, resume=True)
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    assert train(recipe, run, resume=True).kept_step > 2
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 40, b"\xff\xfe\x80", b'{"step": 5, "loss": \xc3'])
+def test_bytes_that_a_power_cut_leaves_in_the_metrics_do_not_matter(
+    tmp_path: Path, straight: tuple[Recipe, Path], tail: bytes
+) -> None:
+    recipe, whole = straight
+    run = interrupted_run(tmp_path, recipe)
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(tail)
+    train(recipe, run, resume=True)
+    assert_same_run(run, whole)
 
 
 def test_the_probed_dtype_is_used_again(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:

@@ -112,14 +112,7 @@ def read(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
         CheckpointError: it is torn (names the file), of another format, or of another recipe, data or base (names
             what differs).
     """
-    state = _read_state(path)
-    damaged = [
-        f"{name} {'is missing' if not (path / name).is_file() else 'does not have the recorded sha256'}"
-        for name, digest in state["files"].items()
-        if not (path / name).is_file() or _sha256(path / name) != digest
-    ]
-    if damaged:
-        raise CheckpointError(_torn(path, "; ".join(damaged)))
+    state = _read_whole(path)
     foreign = differing(state["fingerprint"], json.loads(to_json(fingerprint)))
     if foreign:
         listing = "".join(f"\n  - {item}" for item in foreign)
@@ -136,9 +129,29 @@ def read(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
 
 
 def load_adapter(folder: Path, step: int) -> Adapter | None:
-    """The adapter in the checkpoint after `step` steps, or None when there is no such checkpoint."""
-    path = folder / name_of(step) / ADAPTER
-    return Adapter.load(path) if path.is_dir() else None
+    """The adapter in the checkpoint after `step` steps, or None when there is no such checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is torn.
+    """
+    path = folder / name_of(step)
+    if not path.is_dir():
+        return None
+    _read_whole(path)
+    return Adapter.load(path / ADAPTER)
+
+
+def _read_whole(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose every file has the recorded bytes."""
+    state = _read_state(path)
+    damaged = [
+        f"{name} {'is missing' if not (path / name).is_file() else 'does not have the recorded sha256'}"
+        for name, digest in state["files"].items()
+        if not (path / name).is_file() or _sha256(path / name) != digest
+    ]
+    if damaged:
+        raise CheckpointError(_torn(path, "; ".join(damaged)))
+    return state
 
 
 def _read_state(path: Path) -> dict[str, Any]:

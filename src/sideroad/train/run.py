@@ -71,6 +71,8 @@ def train(
         stack.enter_context(packing(setup.base.model, setup.route))
         if resume and not begun:
             emit(Note(f"{place.path} has no checkpoint yet; starting from the beginning"))
+        if begun and recorded is None:
+            emit(Note(f"{place.environment} is gone; on a changed machine the result may differ in its last bits"))
         loop = _loop(place, recipe, setup, emit, stack, begun=begun)
         _record_start(place, recipe, setup, recorded, emit)
         try:

@@ -129,7 +129,7 @@ class RunDirectory:
             CheckpointError: records of earlier steps are missing or unreadable.
         """
         kept, steps = [], 0
-        text = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
+        text = self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.is_file() else ""
         for number, line in enumerate(text.splitlines(), start=1):
             record = _record(line)
             if record is None:
