@@ -126,3 +126,15 @@ def test_a_run_that_begins_above_guessing_may_come_down() -> None:
 def test_no_checkpoint_yet_is_said() -> None:
     with pytest.raises(TrainingError, match=r"There is no checkpoint yet.*base.dtype: float32"):
         watchdog().check(report(1, math.nan), Progress())
+
+
+@pytest.mark.parametrize(
+    ("step", "advice"), [(0, "it is the base: look for NaN in its weights"), (7, "Lower optim.lr")]
+)
+def test_a_validation_loss_that_is_not_finite_names_its_examples(step: int, advice: str) -> None:
+    watchdog().check_validation(step, 1.0, ["validation.jsonl:1"])
+    with pytest.raises(TrainingError) as caught:
+        watchdog().check_validation(step, math.inf, ["validation.jsonl:2", "validation.jsonl:9"])
+    told = str(caught.value)
+    assert f"after step {step} is not finite, in validation.jsonl:2, validation.jsonl:9 (base in " in told
+    assert advice in told

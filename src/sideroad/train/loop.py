@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,6 @@ from torch import nn
 from sideroad.adapter import Adapter
 from sideroad.data.batches import Batch, collate
 from sideroad.data.encode import Encoded
-from sideroad.errors import TrainingError
 from sideroad.interrupts import uninterrupted
 from sideroad.train import checkpoint, optimizer
 from sideroad.train.environment import peak_bytes
@@ -194,12 +192,9 @@ class Loop:
                 packed=self._on.packed,
                 pad_id=self._on.pad_id,
             )
-            total += float(loss_of(self._on.model, batch))
+            loss = float(loss_of(self._on.model, batch))
+            sources = [self._on.validation_examples[index].source for index in indices]
+            self._watchdog.check_validation(self.progress.step, loss, sources)
+            total += loss
             count += batch.trained_tokens
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the validation loss after step {self.progress.step} is not finite (base in {self._on.model.dtype}). "
-                f"Last good checkpoint: {self._watchdog.last_good or 'none'}. "
-                "Lower optim.lr, or set base.dtype: float32."
-            )
         return total / count

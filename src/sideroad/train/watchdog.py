@@ -92,6 +92,24 @@ class Watchdog:
             )
         return replace(progress, first_loss=first, hot_steps=hot)
 
+    def check_validation(self, step: int, loss: float, sources: Sequence[str]) -> None:
+        """Judge the loss of one validation micro-batch.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
+        if math.isfinite(loss):
+            return
+        advice = (
+            "Lower optim.lr"
+            if step
+            else "Nothing has been trained yet, so it is the base: look for NaN in its weights, or load it anew"
+        )
+        raise TrainingError(
+            f"the validation loss after step {step} is not finite, in {_some(sources)} (base in {self._dtype}). "
+            f"{self._good()} {advice}{self._safer_dtype()}"
+        )
+
     def _bad_loss(self, report: StepReport) -> str:
         guilty = [index for index, loss in enumerate(report.losses) if not math.isfinite(loss)]
         named = "; ".join(f"micro-batch {index} ({_some(report.sources[index])})" for index in guilty[:3])
@@ -119,8 +137,12 @@ class Watchdog:
 
     def _circumstances(self, report: StepReport) -> str:
         norms = f"largest recent gradient norm {max(self._norms):.4g}" if self._norms else "no step before it"
-        good = f"Last good checkpoint: {self.last_good}." if self.last_good else "There is no checkpoint yet."
-        return f"Learning rate {report.lr:.3g}, base in {self._dtype}, {norms}. This step was not applied. {good}"
+        return (
+            f"Learning rate {report.lr:.3g}, base in {self._dtype}, {norms}. This step was not applied. {self._good()}"
+        )
+
+    def _good(self) -> str:
+        return f"Last good checkpoint: {self.last_good}." if self.last_good else "There is no checkpoint yet."
 
     def _safer_dtype(self) -> str:
         return "." if self._dtype == "float32" else ", or set base.dtype: float32."
