@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Sums then come out the same on a busy machine, and two workers do not fight over the cores. Subprocesses inherit it.
@@ -19,6 +20,14 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 # A shell that puts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def spare_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the cache of the person who runs the tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDEROAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
