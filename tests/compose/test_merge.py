@@ -23,11 +23,6 @@ from sideroad.errors import AdapterError, MergeError
 from sideroad.tensor_files import read_header
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SIDEROAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def made(folder: Path, name: str, targets: str | tuple[str, ...] = "all-linear", **changes: object) -> Path:
     model = tiny_llama()
     handle = attach(model, AdapterConfig(targets=targets, method=LoraMethod(rank=3, alpha=6)), "x", seed=len(name))
