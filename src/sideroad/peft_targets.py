@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sideroad.config import AdapterConfig
@@ -81,31 +81,33 @@ def our_targets(fields: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
 
 def their_targets(config: AdapterConfig, paths: list[str]) -> dict[str, Any]:
     """Say the same in PEFT's language where it can, else name every module."""
-    targets = [config.targets] if isinstance(config.targets, str) else list(config.targets)
-    fields: dict[str, Any] = {}
-    names = [_their_name(target) for target in targets]
-    if targets == ["all-linear"]:
-        fields["target_modules"] = None if config.layers is not None else _covering_names(paths)
-    elif all(names):
-        fields["target_modules"] = names
-    elif len(targets) == 1 and targets[0].startswith("re:") and config.layers is None:
-        fields["target_modules"] = targets[0].removeprefix("re:")
-    excluded = [_their_name(pattern) for pattern in config.exclude]
+    wanted, excluded = _their_wanted(config, paths), _in_their_words(config.exclude, regex=True)
+    fields: dict[str, Any] = {"target_modules": wanted}
     if config.exclude:
-        one = config.exclude[0].removeprefix("re:") if len(excluded) == 1 else None
-        fields["exclude_modules"] = excluded if all(excluded) else one
-        # A glob is neither a name nor a regular expression; a list of names cannot hold one.
-        if not all(excluded) and not (one and config.exclude[0].startswith("re:")):
-            fields["target_modules"] = None
-        if targets == ["all-linear"]:
-            fields["target_modules"] = None
-    if isinstance(config.layers, str):
-        fields["target_modules"] = None
-    elif config.layers is not None:
+        fields["exclude_modules"] = excluded
+    if config.layers is not None:
         fields |= {"layers_to_transform": list(config.layers), "layers_pattern": config.layers_pattern}
-    if fields.get("target_modules") and all(is_target(fields, path) for path in paths):
+    sayable = wanted and excluded is not None and not isinstance(config.layers, str)
+    if sayable and all(is_target(fields, path) for path in paths):
         return fields
     return {"target_modules": paths}
+
+
+def _their_wanted(config: AdapterConfig, paths: list[str]) -> str | list[str] | None:
+    """Targets as a list of names or one regular expression; None where PEFT has no such words."""
+    targets = [config.targets] if isinstance(config.targets, str) else list(config.targets)
+    if targets == ["all-linear"]:
+        return _covering_names(paths) if config.layers is None and not config.exclude else None
+    return _in_their_words(targets, regex=config.layers is None)
+
+
+def _in_their_words(patterns: Sequence[str], *, regex: bool) -> str | list[str] | None:
+    """A list of names, or a single regular expression where `regex` allows one: a list cannot hold any, nor a glob."""
+    names = [name for name in map(_their_name, patterns) if name]
+    if len(names) == len(patterns):
+        return names
+    alone = regex and len(patterns) == 1 and patterns[0].startswith("re:")
+    return patterns[0].removeprefix("re:") if alone else None
 
 
 def _covering_names(paths: list[str]) -> list[str]:
