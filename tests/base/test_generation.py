@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
@@ -73,11 +75,22 @@ def test_tokens_are_seen_as_they_come_and_can_be_refused(base: Base) -> None:
     assert generate(base, PROMPTS[:1], max_new_tokens=8, on_token=three) == [whole[:3]]
 
 
-def test_stopping_keeps_what_there_is(base: Base) -> None:
-    asked = iter([False, False, True])
-    whole = generate(base, PROMPTS, max_new_tokens=8)
-    parts = generate(base, PROMPTS, max_new_tokens=8, should_stop=lambda: next(asked))
-    assert parts == [row[:2] for row in whole]
+def test_finished_prompts_are_counted(base: Base) -> None:
+    counts: list[int] = []
+    generate(base, PROMPTS, max_new_tokens=8, batch_size=2, on_finished=counts.append)
+    assert counts == sorted(counts)
+    assert counts[-1] == len(PROMPTS)
+    assert {2, len(PROMPTS)} <= set(counts)
+    stop = generate(base, PROMPTS[:1], max_new_tokens=3)[0][1]
+    counts.clear()
+    generate(base, PROMPTS[:1] * 2, max_new_tokens=8, stop_ids=[stop], on_finished=counts.append)
+    assert counts == [0, 2]
+
+
+@pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
+def test_a_temperature_that_is_none_is_refused(base: Base, temperature: float) -> None:
+    with pytest.raises(BaseModelError, match=rf"temperature is {temperature}; give 0 \(likeliest token\)"):
+        generate(base, PROMPTS, max_new_tokens=8, temperature=temperature)
 
 
 def test_end_ids_come_from_model_tokenizer_and_template(base: Base) -> None:

@@ -33,6 +33,12 @@ def test_table_and_samples_for_people(run: Path) -> None:
     assert spoken.out.count("music in room 16") == 1
 
 
+def test_an_empty_source_is_not_the_recipes_own(run: Path) -> None:
+    spoken = call("evaluate", run, "--data", "")
+    assert spoken.code == 2
+    assert "a source is empty" in spoken.err
+
+
 def test_other_rows(run: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "more.jsonl", chat_rows(3, start=50))
     found = json.loads(call("evaluate", run, "--data", rows, "--json").out)

@@ -60,7 +60,23 @@ def test_the_plan_the_validations_and_the_notes_stay() -> None:
     assert "50 examples (5 for validation), 2 epochs; 250 of 1,000 tokens trained (25 %), packed in isolation" in text
     assert "step 25  validation loss 0.5000  best so far" in text
     assert "stopped early: no better validation loss in 3 validations since step 25" in text
-    assert "evaluating the adapted model  5 examples" in text
+    assert "evaluating the adapted model  loss over 5 examples" in text
+
+
+def test_loading_and_scoring_show_how_far_they_are() -> None:
+    times = [0.0]
+    bar, out = plain_bar(times)
+    watch = Watch(bar)
+    watch(Progress("convert", "tiny"))
+    watch(Progress("load", "tiny"))
+    watch(events.Evaluating(who="base", examples=4))
+    for answered in (1, 2, 3, 4):
+        watch(events.Evaluating(who="base", examples=4, answered=answered, asked=4))
+        times[0] += 6
+    said = out.getvalue().splitlines()
+    assert said[:2] == ["converting tiny", "loading tiny"]
+    steps = ("loss over 4 examples", "3/4 answers", "4/4 answers")
+    assert said[2:] == [f"evaluating the base model  {far}" for far in steps]
 
 
 def test_a_terminal_gets_one_live_line_and_the_lasting_ones_above_it() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     on_token: OnToken | None = None,
     batch_size: int = 32,
-    should_stop: Callable[[], bool] | None = None,
+    on_finished: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; return only the new tokens, in the order of the prompts, without the token that ended them.
 
@@ -49,7 +50,7 @@ def generate(
         stop_ids: ids that end a text besides those of `end_ids(base)`.
         on_token: sees each new token of a single prompt at once; returning False ends it. The stop token is not shown.
         batch_size: most prompts at once.
-        should_stop: asked before each step; True returns what there is so far.
+        on_finished: told after each step how many prompts are finished.
     Raises:
         BaseModelError: a prompt is empty, holds an unknown id, or does not fit the model's positions with the tokens
             asked for; a wrong number; `on_token` with several prompts; a model that does not generate text.
@@ -64,8 +65,9 @@ def generate(
                 _Row(index, list(prompts[index]), results[index], _generator(seed, index) if temperature > 0 else None)
                 for index in order[start : start + batch_size]
             ]
-            if not _continue(base, rows, max_new_tokens, temperature, top_p, stops, on_token, should_stop):
-                break
+            for running in _continue(base, rows, max_new_tokens, temperature, top_p, stops, on_token):
+                if on_finished is not None:
+                    on_finished(min(start + batch_size, len(order)) - running)
     return results
 
 
@@ -113,16 +115,13 @@ def _continue(
     top_p: float,
     stops: frozenset[int],
     on_token: OnToken | None,
-    should_stop: Callable[[], bool] | None,
-) -> bool:
-    """Extend one batch to its end; False when the caller asked to stop."""
+) -> Iterator[int]:
+    """Extend one batch to its end; yields after each step how many rows go on."""
     accepted = inspect.signature(base.model.forward).parameters
     ids, mask = _left_pad([row.prompt for row in rows], base)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     cache = DynamicCache(config=base.model.config)
     for step in range(max_new_tokens):
-        if should_stop is not None and should_stop():
-            return False
         arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if "position_ids" in accepted:
             arguments["position_ids"] = positions
@@ -132,7 +131,9 @@ def _continue(
         _append(rows, _choose(logits, rows, temperature, top_p), stops, on_token)
         kept = [place for place, row in enumerate(rows) if not row.done]
         if not kept or step + 1 == max_new_tokens:
-            break
+            yield 0
+            return
+        yield len(kept)
         if len(kept) < len(rows):
             chosen = torch.tensor(kept, device=mask.device)
             rows = [rows[place] for place in kept]
@@ -141,7 +142,6 @@ def _continue(
         ids = torch.tensor([[row.new[-1]] for row in rows], device=mask.device)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return True
 
 
 def _append(rows: Sequence[_Row], tokens: Sequence[int], stops: frozenset[int], on_token: OnToken | None) -> None:
@@ -206,8 +206,8 @@ def _check(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             findings.append(f"{name} is {value}; give at least 1.")
-    if temperature < 0:
-        findings.append(f"temperature is {temperature}; give 0 (likeliest token) or more.")
+    if not 0 <= temperature < math.inf:
+        findings.append(f"temperature is {temperature}; give 0 (likeliest token) or a number above.")
     if not 0 < top_p <= 1:
         findings.append(f"top_p is {top_p}; give more than 0 and at most 1.")
     if on_token is not None and len(prompts) != 1:

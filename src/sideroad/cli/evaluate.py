@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,7 @@ import typer
 from sideroad.cli import frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sideroad.adapter import Adapter
-    from sideroad.cli.progress import Bar
     from sideroad.data.config import DataConfig
     from sideroad.train.evaluate_config import EvaluateConfig
 
@@ -56,7 +54,7 @@ def run(
     """Score base and adapter on a data set: loss, task metrics, and samples side by side."""
     from sideroad.cli import render, scores
     from sideroad.cli.locate import adapter_dir
-    from sideroad.cli.progress import Bar
+    from sideroad.cli.progress import Bar, evaluating
 
     directory = adapter_dir(place)
     from sideroad.adapter import Adapter
@@ -75,8 +73,9 @@ def run(
         found = {}
         for who in ("base", "adapted"):
             with session.acting("adapter" if who == "adapted" else None):
-                beat = _heartbeat(bar, f"evaluating the {who} model on {len(loaded.train.examples)} examples")
-                found[who] = evaluate(session.base, loaded.train, settings, rows, should_stop=beat)
+                show = partial(evaluating, bar, who, len(loaded.train.examples))
+                show(0, 0)
+                found[who] = evaluate(session.base, loaded.train, settings, rows, on_answers=show)
     comparison = Comparison(found["base"], found["adapted"])
     if as_json:
         render.write_json(
@@ -106,7 +105,7 @@ def _settings(
 
     written = recipe_values(directory, adapter)
     section = dict(written.get("data") or {})
-    source = data or section.get("validation")
+    source = section.get("validation") if data is None else data
     if source is None or (data is None and "/" not in source and not Path(source).exists()):
         found = f"its validation set {source} is not here" if source else "it names no validation set"
         raise ConfigError(f"{directory}: {found}; say what to score with --data FILE.")
@@ -120,18 +119,3 @@ def _settings(
     options = [(f"evaluate.{key}", value) for key, value in given.items() if value is not None]
     chosen = validate(Scored, change(values, options, overrides), "the adapter's recipe and the command line")
     return chosen.data, chosen.evaluate
-
-
-def _heartbeat(bar: Bar, what: str) -> Callable[[], bool]:
-    """Shows that generation goes on; asked before each token of a batch, it never stops it."""
-    bar.close()
-    bar.show(what, 0, None, "loss")
-    tokens = 0
-
-    def beat() -> bool:
-        nonlocal tokens
-        tokens += 1
-        bar.show(what, tokens, None, f"answers, {tokens} generation steps")
-        return False
-
-    return beat

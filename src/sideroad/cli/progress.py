@@ -107,6 +107,16 @@ def fetch_text(done_bytes: int, total_bytes: int | None) -> str:
     return f"{render.size(done_bytes)} of {render.size(total_bytes)} ({render.share(done_bytes, total_bytes)})"
 
 
+def evaluating(bar: Bar, who: str, examples: int, answered: int, asked: int) -> None:
+    """Show on `bar` how far the scoring of a model is; `asked` is 0 while its loss is taken."""
+    what = f"evaluating the {who} model"
+    if asked:
+        bar.show(what, answered, asked, f"{answered}/{asked} answers")
+    else:
+        bar.close()
+        bar.show(what, 0, None, f"loss over {examples} examples")
+
+
 def loading(bar: Bar) -> OnProgress:
     """Shows on `bar` how a base model is being fetched and loaded."""
     verbs = {"waiting": "waiting for another process to prepare", "convert": "converting", "load": "loading"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sideroad.base.progress import Progress
 from sideroad.cli import render
-from sideroad.cli.progress import Bar, Pace, fetch_text
+from sideroad.cli.progress import Bar, Pace, evaluating, loading
 from sideroad.train import events
 
 
@@ -16,19 +17,19 @@ class Watch:
         self.last_step: int | None = None
         self.result: events.Result | None = None
         self._pace = Pace()
+        self._load = loading(bar)
 
     def __call__(self, event: events.Event) -> None:
         """Show one event."""
         match event:
-            case events.Fetching(what=what, done_bytes=done, total_bytes=total):
-                self.bar.show(f"fetching {what}", done, total, fetch_text(done, total))
+            case Progress():
+                self._load(event)
             case events.Planned():
                 self._plan(event)
             case events.StepDone():
                 self._step(event)
-            case events.Evaluating(who=who, examples=examples):
-                self.bar.close()
-                self.bar.show(f"evaluating the {who} model", 0, None, f"{examples} examples")
+            case events.Evaluating(who=who, examples=examples, answered=answered, asked=asked):
+                evaluating(self.bar, who, examples, answered, asked)
             case events.Finished(result=result):
                 self.bar.close()
                 self.result = result

@@ -99,7 +99,7 @@ def evaluate(
     seed: int = 0,
     root: Path = Path(),
     known_loss: float | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    on_answers: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Score a model on a data set, with whatever adapters act at the moment (see `Attached.using`, `.disabled`).
 
@@ -112,7 +112,7 @@ def evaluate(
         root: where a relative `data_config.chat_template` starts.
         known_loss: the mean loss of these examples under these weights, where it has been taken already; it is then
             reported as it is instead of being computed again.
-        should_stop: asked before each generated token; True ends the generation early.
+        on_answers: told while answers are generated how many are there, and of how many.
     """
     started = time.perf_counter()
     if known_loss is None:
@@ -120,7 +120,7 @@ def evaluate(
     else:
         loss, tokens = known_loss, sum(example.trained_tokens for example in dataset.examples)
     asked, prompts, left_out = _questions(base, dataset.raw, config, data_config, root)
-    outputs = _answers(base, prompts, config, seed, should_stop)
+    outputs = _answers(base, prompts, config, seed, on_answers)
     references = [prompt_of(example)[1] for example in asked]
     shown = evenly(range(len(asked)), config.samples)
     samples = tuple(Sample(asked[i].source, readable(prompt_of(asked[i])[0]), references[i], outputs[i]) for i in shown)
@@ -206,7 +206,11 @@ def _questions(
 
 
 def _answers(
-    base: Base, prompts: list[list[int]], config: EvaluateConfig, seed: int, should_stop: Callable[[], bool] | None
+    base: Base,
+    prompts: list[list[int]],
+    config: EvaluateConfig,
+    seed: int,
+    on_answers: Callable[[int, int], None] | None,
 ) -> list[str]:
     if not prompts:
         return []
@@ -217,6 +221,6 @@ def _answers(
         temperature=config.temperature,
         seed=seed,
         batch_size=config.batch_size,
-        should_stop=should_stop,
+        on_finished=None if on_answers is None else lambda finished: on_answers(finished, len(prompts)),
     )
     return [str(text) for text in base.tokenizer.batch_decode(found, skip_special_tokens=True)]

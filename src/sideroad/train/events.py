@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sideroad.base.progress import Progress
+
 Kept = Literal["last", "best"]
 
 
@@ -15,15 +17,6 @@ class Note:
     """Something a person should know that is not an error: a fallback and its reason, a difference on resume."""
 
     text: str
-
-
-@dataclass(frozen=True)
-class Fetching:
-    """Bytes of the base model that have arrived so far."""
-
-    what: str
-    done_bytes: int
-    total_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -95,10 +88,15 @@ class StoppedEarly:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """The task metrics and samples are about to be generated for `who`, the base model or the adapted one."""
+    """`who`, the base model or the adapted one, is being scored: first its loss, then `answered` of `asked` answers.
+
+    `asked` is 0 until the first answers are on their way.
+    """
 
     who: Literal["base", "adapted"]
     examples: int
+    answered: int = 0
+    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,4 +142,4 @@ class Finished:
     result: Result
 
 
-Event = Note | Fetching | Planned | StepDone | Validated | Checkpointed | StoppedEarly | Evaluating | Finished
+Event = Progress | Note | Planned | StepDone | Validated | Checkpointed | StoppedEarly | Evaluating | Finished

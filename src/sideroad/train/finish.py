@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sideroad
 from sideroad.errors import CheckpointError
 from sideroad.files import replace_file
 from sideroad.init import starts_as_base
 from sideroad.train import checkpoint
-from sideroad.train.evaluation import Comparison, evaluate
+from sideroad.train.evaluation import Comparison, Scores, evaluate
 from sideroad.train.events import Answers, Evaluating, Event, Kept, Result
 from sideroad.train.loop import Loop
 from sideroad.train.recipe import Recipe, dump_recipe
@@ -105,8 +105,9 @@ def _compare(recipe: Recipe, setup: Setup, known: Mapping[str, float | None], em
     if dataset is None:
         return None
 
-    def scores(who: str) -> Any:
-        emit(Evaluating("base" if who == "base" else "adapted", len(dataset.examples)))
+    def scores(who: Literal["base", "adapted"]) -> Scores:
+        begun = Evaluating(who, len(dataset.examples))
+        emit(begun)
         return evaluate(
             setup.base,
             dataset,
@@ -115,6 +116,7 @@ def _compare(recipe: Recipe, setup: Setup, known: Mapping[str, float | None], em
             packed=setup.material.packed,
             seed=recipe.seed,
             known_loss=known[who],
+            on_answers=lambda answered, asked: emit(replace(begun, answered=answered, asked=asked)),
         )
 
     with setup.attached.disabled():

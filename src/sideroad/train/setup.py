@@ -12,14 +12,13 @@ import torch
 from sideroad.adapter import Adapter, BaseRecord
 from sideroad.attaching import Attached, attach
 from sideroad.base.loading import Base, load_base
-from sideroad.base.progress import Progress as Arriving
 from sideroad.data.batches import plan_epoch
 from sideroad.data.dataset import Loaded, load_data
 from sideroad.data.findings import refuse
 from sideroad.errors import ConfigError, TrainingError
 from sideroad.kernels.isolation import PackingRoute, choose_route
 from sideroad.train.environment import describe
-from sideroad.train.events import Event, Fetching, Note
+from sideroad.train.events import Event, Note
 from sideroad.train.fingerprint import fingerprint
 from sideroad.train.loop import Material
 from sideroad.train.order import Order
@@ -96,12 +95,8 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
 
 
 def _load_base(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool, emit: Emit) -> Base:
-    def on_progress(report: Arriving) -> None:
-        if report.stage == "download":
-            emit(Fetching(report.subject, report.done, report.total))
-
     dtype = getattr(torch, recorded["dtype"]) if recorded else None
-    base = load_base(recipe.base, offline=offline, dtype=dtype, on_progress=on_progress)
+    base = load_base(recipe.base, offline=offline, dtype=dtype, on_progress=emit)
     for note in base.notes:
         emit(Note(note))
     return base
