@@ -47,3 +47,8 @@ def test_it_says_what_it_found_instead(run: Path, tmp_path: Path) -> None:
     spoken = call("inspect", tmp_path)
     assert spoken.code == 5
     assert "Found there: notes.txt" in spoken.err
+
+
+def test_the_table_fits_80_columns(run: Path) -> None:
+    heads = [line.split() for line in call("inspect", run, columns=80).out.splitlines() if line.startswith("layer")]
+    assert " ".join(heads[0]) == "layer count rank parameters mean norm max norm effective rank"

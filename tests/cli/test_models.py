@@ -52,3 +52,9 @@ def test_clear_frees_an_entry(cache: Path) -> None:
     (entry / "model.safetensors").write_bytes(b"x" * 2000)
     assert "2.00 kB freed" in call("models", "--clear", "smollm2-135m-instruct").out
     assert not entry.exists()
+
+
+def test_the_table_fits_80_columns() -> None:
+    table = [line for line in call("models", columns=80).out.splitlines() if "apache-2.0" in line]
+    assert [line.split()[0] for line in table] == ["smollm2-135m-instruct", "all-minilm-l6-v2"]
+    assert all(line.rstrip().endswith("not cached") for line in table)

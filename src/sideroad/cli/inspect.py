@@ -57,7 +57,7 @@ def _print(console: Console, report: AdapterReport, all_modules: bool) -> None:
         )
         for group in report.groups
     ]
-    columns = ("layer", "count", "rank", "parameters", "mean norm", "largest norm", "effective rank")
+    columns = ("layer", "count", "rank", "parameters", "mean norm", "max norm", "effective rank")
     console.print()
     console.print(render.table(columns, rows))
     if all_modules:

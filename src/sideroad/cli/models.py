@@ -103,7 +103,6 @@ def _print(listed: dict[str, list[dict[str, Any]]], cache: str) -> None:
     rows = [
         (
             model["name"],
-            model["source"],
             model["licence"],
             render.count(model["parameters"]),
             render.size(model["download_bytes"]),
@@ -111,7 +110,10 @@ def _print(listed: dict[str, list[dict[str, Any]]], cache: str) -> None:
         )
         for model in listed["models"]
     ]
-    console.print(render.table(("name", "package", "licence", "parameters", "download", "on disk"), rows, left=3))
-    console.print(f"\ncache: {cache}", soft_wrap=True)
+    console.print(render.table(("name", "licence", "parameters", "download", "on disk"), rows, left=2))
+    console.print()
+    for model in listed["models"]:
+        console.print(f"{model['name']} comes in the package {model['source']}", soft_wrap=True)
+    console.print(f"cache: {cache}", soft_wrap=True)
     for entry in listed["other_entries"]:
         console.print(f"  also there: {entry['name']}, {render.size(entry['bytes'])}", soft_wrap=True)
