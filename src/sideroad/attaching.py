@@ -36,7 +36,8 @@ def attach(
     """Put an adapter on a model, new (from a configuration) or with weights (a value). The base is frozen.
 
     The layers keep class, weight, names and kernel; parameters appear as `q_proj.lora.<name>.A`. The first adapter
-    acts at once; later ones wait for `activate`. Attach before `torch.compile`.
+    acts at once; later ones wait for `activate`. Attach before `torch.compile`. A layer whose weight the model uses
+    without calling the layer (Mamba's dt_proj) adds nothing unmerged; training refuses it, having no gradient.
 
     Args:
         model: changed in place; may be on the meta device.

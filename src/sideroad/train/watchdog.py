@@ -62,7 +62,8 @@ class Watchdog:
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 findings.append(
-                    f"{name} got no gradient: the loss does not depend on it; its layer is not used in forward"
+                    f"{name} got no gradient: the loss does not depend on it; the model does not call its layer. Leave "
+                    "the layer out by adapter.exclude"
                 )
             elif not bool(torch.isfinite(parameter.grad).all()):
                 findings.append(f"{name} got a gradient that is not finite; base in {self._dtype}")
