@@ -104,6 +104,18 @@ def test_an_interrupt_between_steps_changes_nothing(
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_how_often_checkpoints_are_written_may_change(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+    recipe, whole = straight
+    changes = {"checkpoint_every": 1, "keep_checkpoints": 1}
+    often = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", on_event=stopping_at(step_is(2), KeyboardInterrupt()))
+    train(often, tmp_path / "run", resume=True)
+    assert records(tmp_path / "run") == records(whole)
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
+
+
 def test_a_run_stopped_at_every_step_ends_the_same(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
     recipe, whole = straight
     for step in range(1, 7):

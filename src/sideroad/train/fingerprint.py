@@ -9,14 +9,14 @@ from typing import Any
 from sideroad.train.recipe import Recipe
 
 _IGNORED = ("base.model", "base.device", "data.train", "data.validation", "data.chat_template", "evaluate")
-_IGNORED_IN_TRAIN = ("train.keep_checkpoints", "train.trackers")
+_IGNORED_IN_TRAIN = ("train.checkpoint_every", "train.keep_checkpoints", "train.trackers")
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe's keys that must be equal for a run to go on.
 
-    Left out is what may change (trackers, scores, the device, which is compared as part of the environment) and what
-    is compared by content instead of by name (the base's weights, the tokens).
+    Left out is what may change (checkpoints, trackers, scores, the device, which is compared as part of the
+    environment) and what is compared by content instead of by name (the base's weights, the tokens).
     """
     values = recipe.model_dump(mode="json")
     for path in (*_IGNORED, *_IGNORED_IN_TRAIN):
