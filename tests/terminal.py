@@ -22,7 +22,7 @@ class Spoken:
     err: str
 
 
-def call(*arguments: str | Path, stdin: str | None = None, columns: int | None = None) -> Spoken:
+def call(*arguments: str | Path, stdin: str | bytes | None = None, columns: int | None = None) -> Spoken:
     """Run `sideroad ARGUMENTS` in this process, piped and so not squeezed, or as on a terminal of that many columns."""
     runner = CliRunner(env={"COLUMNS": None if columns is None else str(columns)})
     result = runner.invoke(app, [str(argument) for argument in arguments], input=stdin)

@@ -83,9 +83,9 @@ def test_one_name_twice_and_no_adapter(run: Path) -> None:
     assert "--base MODEL" in spoken.err
 
 
-def test_too_long_a_turn_is_an_error_that_does_not_end_the_chat(run: Path) -> None:
+def test_too_long_a_turn_does_not_end_the_chat_but_decides_its_code(run: Path) -> None:
     spoken = call("chat", run, *SHORT, stdin=f"{'x' * 600}\nhi\n")
-    assert spoken.code == 0
+    assert spoken.code == 4
     assert "512 positions" in spoken.err
     assert spoken.out == call("generate", run, "hi", *SHORT).out
 

@@ -55,7 +55,7 @@ def test_seed_decides_sampled_answers(run: Path) -> None:
     [
         (["{run}", "one", "two"], None, "one prompt at a time; found 2"),
         ([], None, "give a run or adapter directory, or --base MODEL"),
-        (["{run}"], " \n", "the prompt on stdin is empty"),
+        (["{run}"], " \n", "the prompt is empty"),
         (["{run}", "hi", "--device", "tpu"], None, "a device is auto, cpu, mps, cuda"),
     ],
 )
@@ -88,3 +88,48 @@ def test_unfinished_run_says_how_to_finish(tmp_path: Path) -> None:
     spoken = call("generate", tmp_path, "hi")
     assert spoken.code == 5
     assert f"--run {tmp_path} --resume" in spoken.err
+
+
+def test_a_long_prompt_is_no_directory(place: Path) -> None:
+    spoken = call("generate", "--base", place / "tiny-llama", "--max-new-tokens", "1", "word " * 90)
+    assert spoken.code == 0, spoken.err
+    spoken = call("generate", "word " * 90, "hi")
+    assert spoken.code == 5
+    assert "no run or adapter at" in spoken.err
+
+
+@pytest.mark.parametrize("words", [("",), ("  ",)])
+def test_an_empty_prompt_is_refused(run: Path, words: tuple[str]) -> None:
+    spoken = call("generate", run, *words)
+    assert spoken.code == 2
+    assert "the prompt is empty" in spoken.err
+
+
+def test_bytes_that_are_no_text_are_refused(run: Path) -> None:
+    for verb in ("generate", "chat"):
+        spoken = call(verb, run, stdin=b"a \xff b\n")
+        assert "the text is not Unicode: half of a character, '\\udcff'" in spoken.err, spoken.err
+        assert spoken.code == 3
+
+
+def test_the_chat_template_of_training_goes_with_the_adapter(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    changes = ("--set", f"data.chat_template={tmp_path / 'own.jinja'}", "--set", "train.max_steps=1")
+    assert call("train", place / "task.yaml", "--run", tmp_path / "run", *changes).code == 0
+    (tmp_path / "own.jinja").unlink()
+    wanted = len("[user]hi") + 1 + len("[assistant]")
+    assert answer(tmp_path / "run", "hi")["prompt_tokens"] == wanted
+    assert call("evaluate", tmp_path / "run").code == 0
+    assert call("merge", tmp_path / "run", "--out", tmp_path / "merged").code == 0
+    assert answer("--base", tmp_path / "merged", "hi")["prompt_tokens"] == wanted
+
+
+def test_a_merged_model_is_prompted_as_in_training(place: Path, tmp_path: Path) -> None:
+    changes = ("--set", "data.system=be", "--set", "train.max_steps=1")
+    assert call("train", place / "task.yaml", "--run", tmp_path / "run", *changes).code == 0
+    assert call("merge", tmp_path / "run", "--out", tmp_path / "merged").code == 0
+    alone, merged = answer(tmp_path / "run", "hi"), answer("--base", tmp_path / "merged", "hi")
+    assert alone["prompt_tokens"] == merged["prompt_tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,7 @@ def run(
     with Bar(render.console(to_stderr=True)) as bar:
         session = open_session(places, base, device=device, offline=offline, bar=bar)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    talk(Conversation(session, sampling, speaker=next(iter(places), None)))
+    raise typer.Exit(talk(Conversation(session, sampling, speaker=next(iter(places), None))))
 
 
 def named_places(words: list[str]) -> dict[str, Path]:
@@ -74,7 +75,7 @@ def named_places(words: list[str]) -> dict[str, Path]:
     places: dict[str, Path] = {}
     for word in words:
         name, equals, rest = word.partition("=")
-        if not equals or Path(word).exists():
+        if not equals or os.path.exists(word):
             name, rest = "", word
         elif not name or not rest:
             raise ConfigError(f'"{word}" is neither a directory nor NAME=DIRECTORY.')

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sideroad.base import generate
-from sideroad.cli.render import visible
+from sideroad.cli.render import piped_text, visible
 from sideroad.cli.session import Session
 from sideroad.data.template import encode_prompt
 from sideroad.errors import SideroadError, did_you_mean
@@ -52,11 +52,12 @@ class Conversation:
         """
         turn = {"role": "user", "content": text}
         base = self.session.base
-        ids = encode_prompt([*self.history, turn], base.tokenizer, self.session.prompt_config(self.speaker))
+        config = self.session.prompt_config(self.speaker)
         stream = TokenStream(base.tokenizer, write)
         options = self.sampling
         try:
             with self.session.acting(self.speaker):
+                ids = encode_prompt([*self.history, turn], base.tokenizer, config)
                 generate(
                     base,
                     [ids],
@@ -129,9 +130,14 @@ class TokenStream:
             self.text = whole
 
 
-def talk(conversation: Conversation) -> None:
-    """Read turns from stdin until it ends or /quit, and write answers to stdout; remarks go to stderr when piped."""
+def talk(conversation: Conversation) -> int:
+    """Read turns from stdin until it ends or /quit, and write answers to stdout; remarks go to stderr when piped.
+
+    Returns:
+        The exit code: that of the last turn that failed when piped, else 0.
+    """
     person = sys.stdin.isatty()
+    code = 0
     if person:
         names = ", ".join(conversation.session.adapters) or "none"
         _say(f"base {conversation.session.base.identity.name}, adapters: {names}. /help lists the commands.", person)
@@ -139,21 +145,23 @@ def talk(conversation: Conversation) -> None:
         if line.startswith("/"):
             told = conversation.command(line)
             if told is None:
-                return
+                return code
             _say(told, person)
             continue
         try:
             conversation.answer(line, _show if person else _write)
         except SideroadError as error:
             _say(f"error: {error}", person)
+            code = 0 if person else error.exit_code
             continue
         _write("\n")
+    return code
 
 
 def _lines(person: bool) -> Iterator[str]:
     """Lines that say something. At the prompt, Ctrl-C clears the line and Ctrl-D ends."""
     if not person:
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        yield from (line.strip() for line in piped_text() if line.strip())
         return
     _edit_lines()
     while True:

@@ -58,15 +58,18 @@ def run(
 
     directory = adapter_dir(place)
     from sideroad.adapter import Adapter
-    from sideroad.cli.session import open_session
+    from sideroad.cli.session import open_session, prompt_of
     from sideroad.data.dataset import load_data
     from sideroad.data.findings import refuse
     from sideroad.train.evaluation import Comparison, evaluate
 
     given = {"metrics": _names(metrics), "limit": limit, "samples": samples}
-    rows, settings = _settings(Adapter.load(directory), directory, data, given, set_ or [])
+    adapter = Adapter.load(directory)
+    rows, settings = _settings(adapter, directory, data, given, set_ or [])
     with Bar(render.console(to_stderr=True)) as bar:
         session = open_session({"adapter": directory}, base, device=device, offline=offline, bar=bar)
+        template = prompt_of(adapter.manifest).get("chat_template")
+        session.base.tokenizer.chat_template = template or session.base.tokenizer.chat_template
         longest = getattr(session.base.model.config, "max_position_embeddings", None)
         loaded = load_data(rows, session.base.tokenizer, offline=offline, max_positions=longest)
         refuse(loaded.findings)
@@ -98,7 +101,7 @@ def _settings(
     adapter: Adapter, directory: Path, data: str | None, given: dict[str, Any], overrides: list[str]
 ) -> tuple[DataConfig, EvaluateConfig]:
     """What to score and how: the adapter's recipe, changed by the options; `data.train` is what gets scored."""
-    from sideroad.cli.session import recipe_values
+    from sideroad.cli.session import prompt_of, recipe_values
     from sideroad.cli.settings import Scored, change
     from sideroad.config import validate
     from sideroad.errors import ConfigError
@@ -109,8 +112,11 @@ def _settings(
     if source is None or (data is None and "/" not in source and not Path(source).exists()):
         found = f"its validation set {source} is not here" if source else "it names no validation set"
         raise ConfigError(f"{directory}: {found}; say what to score with --data FILE.")
-    prompt = adapter.manifest.get("prompt")
-    section |= {key: prompt[key] for key in ("system",) if isinstance(prompt, dict) and key in prompt}
+    prompt = prompt_of(adapter.manifest)
+    if "system" in prompt:
+        section["system"] = prompt["system"]
+    if "chat_template" in prompt:
+        section["chat_template"] = None
     limit = section.get("validation_limit") if data is None else None
     section |= {"train": source, "validation": None, "limit": limit, "validation_limit": None}
     if data is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -69,8 +70,8 @@ def run(
     if system is not None:
         config = config.model_copy(update={"system": system})
     tokenizer = session.base.tokenizer
-    ids = encode_prompt([{"role": "user", "content": prompt}], tokenizer, config)
     with session.acting(name):
+        ids = encode_prompt([{"role": "user", "content": prompt}], tokenizer, config)
         new = generate(
             session.base, [ids], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
         )[0]
@@ -88,11 +89,12 @@ def run(
             }
         )
     else:
-        sys.stdout.write(answer + "\n")
+        sys.stdout.write((render.visible(answer) if sys.stdout.isatty() else answer) + "\n")
 
 
 def _read(words: list[str], adapter: Path | None, *, alone: bool) -> tuple[Path | None, str]:
     """Tell the adapter's directory and the prompt apart; the first word is a directory unless an option said which."""
+    from sideroad.cli import render
     from sideroad.errors import ConfigError
 
     rest = list(words)
@@ -102,15 +104,14 @@ def _read(words: list[str], adapter: Path | None, *, alone: bool) -> tuple[Path 
         raise ConfigError(f"one prompt at a time; found {len(rest)}. Put quotation marks around the prompt.")
     if adapter is None and not alone:
         raise ConfigError("give a run or adapter directory, or --base MODEL.")
-    if rest:
-        return adapter, rest[0]
-    if sys.stdin is None or sys.stdin.isatty():
+    if not rest and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("no prompt; give one in quotation marks, or pipe it into stdin.")
-    text = sys.stdin.read().strip()
-    if not text:
-        raise ConfigError("the prompt on stdin is empty.")
-    return adapter, text
+    prompt = rest[0] if rest else render.piped_text().read().strip()
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty; give one in quotation marks, or pipe it into stdin.")
+    return adapter, prompt
 
 
 def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file() or (path / "adapter" / "adapter_config.json").is_file()
+    # Not Path.is_file, which fails on a word too long to be a file's name.
+    return any(os.path.isfile(place / "adapter_config.json") for place in (path, path / "adapter"))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sideroad.errors import AdapterError, did_you_mean
-
-if TYPE_CHECKING:
-    pass
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -20,10 +17,10 @@ def adapter_dir(path: Path) -> Path:
         AdapterError: nothing is there, or what is there is neither an adapter nor a finished run.
     """
     for candidate in (path, path / "adapter"):
-        if (candidate / CONFIG_FILE).is_file():
+        if os.path.isfile(candidate / CONFIG_FILE):
             return candidate
-    if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.exists(path):
+        siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         raise AdapterError(f'no run or adapter at "{path}".{did_you_mean(path.name, siblings)}')
     if not path.is_dir():
         raise AdapterError(f'"{path}" is a file; give the directory that has {CONFIG_FILE}, or a run directory.')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -71,4 +73,8 @@ app = build()
 
 def main() -> None:
     """Entry point of the `sideroad` script and of `python -m sideroad`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal without Unicode shows escapes in place of an error.
+            stream.reconfigure(errors="backslashreplace")
     app()

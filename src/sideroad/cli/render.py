@@ -7,7 +7,8 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from io import TextIOWrapper
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -34,9 +35,17 @@ def console(*, to_stderr: bool = False) -> Console:
     return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
+def piped_text() -> TextIO:
+    """Stdin as UTF-8; a byte that is not becomes half a character, which prompts refuse by name."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
+
+
 def write_json(value: Any) -> None:
     """Write one JSON document to stdout; numbers that JSON does not have become null."""
-    sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    ascii_only = not sys.stdout.encoding.lower().startswith("utf")
+    sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=ascii_only, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

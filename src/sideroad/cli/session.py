@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,26 +22,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded base; `adapters` are attached under their names, and `acting` says which one speaks."""
+    """A loaded base; `adapters` are attached under their names, and `acting` says which one speaks.
+
+    `manifest` is what `merge` wrote beside the base, where it did.
+    """
 
     base: Base
     attached: Attached | None = None
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
-    def acting(self, name: str | None) -> AbstractContextManager[Any]:
-        """Within this context the adapter `name` acts, or for None the base alone."""
-        if self.attached is None:
-            return nullcontext()
-        return self.attached.disabled() if name is None else self.attached.using(name)
+    @contextmanager
+    def acting(self, name: str | None) -> Iterator[None]:
+        """Within this context the adapter `name` acts, with the chat template it was trained with; None: the base."""
+        tokenizer = self.base.tokenizer
+        own = tokenizer.chat_template
+        tokenizer.chat_template = prompt_of(self._manifest(name)).get("chat_template") or own
+        try:
+            if self.attached is None:
+                yield
+            else:
+                with self.attached.disabled() if name is None else self.attached.using(name):
+                    yield
+        finally:
+            tokenizer.chat_template = own
 
     def prompt_config(self, name: str | None) -> DataConfig:
-        """How prompts are written for the adapter `name`: the system message and template it was trained with."""
+        """How prompts are written for the adapter `name`, or None for the base: with the system message of training."""
         from sideroad.data.config import DataConfig
 
-        prompt = self.adapters[name].manifest.get("prompt") if name is not None else None
-        known = prompt if isinstance(prompt, dict) else {}
-        settings = {key: known[key] for key in ("system", "chat_template") if known.get(key) is not None}
-        return DataConfig.model_validate({"train": "none", **settings})
+        return DataConfig(train="none", system=prompt_of(self._manifest(name)).get("system"))
+
+    def _manifest(self, name: str | None) -> Mapping[str, Any]:
+        return self.manifest if name is None else self.adapters[name].manifest
+
+
+def prompt_of(manifest: Mapping[str, Any]) -> Mapping[str, str]:
+    """What a manifest says about prompts: `system` as in `DataConfig`, `chat_template` as Jinja text; what is set."""
+    prompt = manifest.get("prompt")
+    known = prompt if isinstance(prompt, dict) else {}
+    return {key: known[key] for key in ("system", "chat_template") if isinstance(known.get(key), str)}
 
 
 def open_session(
@@ -57,9 +78,11 @@ def open_session(
     """
     directories = {name: adapter_dir(place) for name, place in places.items()}
     from sideroad.adapter import Adapter
+    from sideroad.adapter_files import MANIFEST
     from sideroad.attaching import attach
     from sideroad.base import load_base
     from sideroad.cli.progress import loading
+    from sideroad.files import read_json
 
     adapters = {name: Adapter.load(directory) for name, directory in directories.items()}
     named = (named_base(directories[name], adapter) for name, adapter in adapters.items())
@@ -70,7 +93,8 @@ def open_session(
     for name, adapter in adapters.items():
         _check_base(name, adapter, base, forced=model is not None, bar=bar)
         handle = attach(base.model, adapter, name, trainable=False)
-    return Session(base, handle, adapters)
+    merged = Path(os.path.expanduser(config.model)) / MANIFEST
+    return Session(base, handle, adapters, read_json(merged) if merged.is_file() else {})
 
 
 def named_base(directory: Path, adapter: Adapter) -> dict[str, Any]:

@@ -233,6 +233,8 @@ def _objection(path: Path) -> str | None:
 
 
 def _write(draft: Path, base: Base, report: MergeReport, prompt: JSON) -> None:
+    if isinstance(prompt, Mapping) and prompt.get("chat_template"):
+        base.tokenizer.chat_template = prompt["chat_template"]
     with quiet():
         base.model.save_pretrained(draft)
         base.tokenizer.save_pretrained(draft)

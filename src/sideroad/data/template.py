@@ -216,7 +216,7 @@ def encode_prompt(
         raise DataError("give either Messages or plain mappings, not both")
     conversation = read_messages(plain) if plain else tuple(item for item in messages if isinstance(item, Message))
     text = open_template(tokenizer, config, root).render(conversation, tools, generation=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def first_of(text: str, tokens: Sequence[str]) -> str | None:

@@ -140,7 +140,10 @@ def _save_adapter(recipe: Recipe, setup: Setup, result: Result, comparison: Comp
     manifest: Mapping[str, Any] = finite_or_null(
         {
             "data": [asdict(file) for file in files],
-            "prompt": {"system": recipe.data.system},
+            "prompt": {
+                "system": recipe.data.system,
+                "chat_template": setup.base.tokenizer.chat_template if recipe.data.chat_template else None,
+            },
             "recipe": portable.model_dump(mode="json"),
             "training": {
                 "steps": result.steps,

@@ -106,6 +106,9 @@ def _load_data(recipe: Recipe, base: Base, *, offline: bool, emit: Emit) -> Load
     longest = getattr(base.model.config, "max_position_embeddings", None)
     data = load_data(recipe.data, base.tokenizer, root=Path.cwd(), offline=offline, max_positions=longest)
     refuse(data.findings)
+    if recipe.data.chat_template is not None:
+        # From here on it is the model's own: answers end where it ends a turn, and the adapter carries it.
+        base.tokenizer.chat_template = Path(recipe.data.chat_template).read_text(encoding="utf-8")
     for finding in data.findings:
         emit(Note(str(finding)))
     return data
