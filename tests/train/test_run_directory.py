@@ -99,3 +99,12 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
     (tmp_path / ".notes.tmp").write_text("mine")
     with place.held(resume=False):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".notes.tmp"]
+
+
+def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CheckpointError, match=r"file/run cannot be made: Not a directory; give another --run"),
+        RunDirectory(tmp_path / "file" / "run").held(resume=False),
+    ):
+        pass

@@ -66,7 +66,12 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"run directory {self.path} is a file; give another --run")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"run directory {self.path} cannot be made: {error.strerror}; give another --run"
+            ) from error
         with open(self.path / ".lock", "a+", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
