@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from zoo import ZOO, gemma2, llama, opt
 
+from sideroad.base import BaseConfig, load_base
 from sideroad.kernels import isolation
 from sideroad.kernels.isolation import PackingRoute, choose_route, packing, probe_isolation
 from sideroad.kernels.packed_attention import is_installed
@@ -24,6 +25,18 @@ def test_segments_are_used_where_they_are_right(name: str) -> None:
     with packing(model, route):
         assert probe_isolation(model) is None
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_16_bits_is_not_taken_for_a_leak(dtype: torch.dtype) -> None:
+    model = llama(num_hidden_layers=30, initializer_range=0.3).to(dtype)
+    assert choose_route(model) == PackingRoute("segments", "")
+
+
+@pytest.mark.all
+def test_the_quick_starts_model_is_packed_in_bf16() -> None:
+    base = load_base(BaseConfig(model="smollm2-135m-instruct"), dtype=torch.bfloat16)
+    assert choose_route(base.model) == PackingRoute("segments", "")
 
 
 def test_a_soft_capped_model_takes_the_mask() -> None:

@@ -86,9 +86,11 @@ def _compare(model: nn.Module) -> str | None:
         return f"{name} lets packed sequences see each other: other neighbours move logits by {moved:.1e} (relative)"
     sizes = list(_LENGTHS)
     parts = zip(torch.split(tokens, sizes, 1), torch.split(packed, sizes, 1), strict=True)
-    apart = max(_distance(logits, _alone(model, part)) for part, logits in parts)
-    # A row of another length takes another path through the matrix products, which 16-bit types show.
-    allowed = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 3e-2
+    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    # A row of another length takes another path through the matrix products: 16-bit types differ by 0.06 of the spread
+    # over 30 blocks (SmolLM2 in bf16), single logits by 0.25; positions that do not restart change everything.
+    distance, allowed = (_distance, 1e-4) if precise else (_mean_distance, 0.15)
+    apart = max(distance(logits, _alone(model, part)) for part, logits in parts)
     if apart > allowed:
         return f"{name} computes a packed sequence differently from the same one alone, by {apart:.1e} (relative)"
     return None
@@ -117,6 +119,13 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the spread of what is expected; infinite if anything is not finite."""
     scale = expected.float().std().clamp_min(1e-12)
     distance = float((found.float() - expected.float()).abs().max() / scale)
+    return distance if distance == distance else float("inf")
+
+
+def _mean_distance(found: Tensor, expected: Tensor) -> float:
+    """Root mean square difference, relative to the spread of what is expected; infinite if anything is not finite."""
+    scale = expected.float().std().clamp_min(1e-12)
+    distance = float((found.float() - expected.float()).square().mean().sqrt() / scale)
     return distance if distance == distance else float("inf")
 
 
