@@ -143,7 +143,7 @@ def replace_directory(
         SideroadError: of kind `error`; the objection, disk full, no permission. The old directory is then untouched.
     """
     path = Path(os.path.abspath(path))
-    _object(path, objection, error)
+    refuse_occupied_path(path, objection, error)
     draft = _sibling(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,14 @@ def replace_directory(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _object(path: Path, objection: Callable[[Path], str | None], error: type[SideroadError]) -> None:
+def refuse_occupied_path(
+    path: Path, objection: Callable[[Path], str | None], error: type[SideroadError] = AdapterError
+) -> None:
+    """Raise what `replace_directory` would raise about what is at `path` now; for asking before long work.
+
+    Raises:
+        SideroadError: of kind `error`; there is a file or link, or a directory that `objection` keeps.
+    """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise error(f"{path} exists and is not a directory; nothing was written. Choose another path or remove it.")
     reason = objection(path) if path.is_dir() and any(path.iterdir()) else None

@@ -177,6 +177,13 @@ def test_wrong_lists_of_adapters(tmp_path: Path, adapters: list[str], words: str
         merge("a", tmp_path / "out")
 
 
+def test_an_occupied_place_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(AdapterError, match="is not replaced"):
+        merge(["no-such-adapter"], tmp_path / "out")
+
+
 def test_only_merged_models_are_replaced(tmp_path: Path, shared_model_dir: Path) -> None:
     adapter, base = made(tmp_path, "one"), BaseConfig(model=str(shared_model_dir))
     (tmp_path / "out").mkdir()

@@ -142,3 +142,9 @@ def test_a_missing_recipe_names_its_neighbours(tmp_path: Path) -> None:
 )
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, told: str) -> None:
     assert told in message(tmp_path, text)
+
+
+def test_a_home_of_nobody_is_a_missing_path_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text("base: {model: ~nobody-of-this-name/model}\ndata: {train: ~nobody-of-this-name/x.jsonl}\n")
+    assert load_recipe(path).data.train_sources[0].endswith("~nobody-of-this-name/x.jsonl")

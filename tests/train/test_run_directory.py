@@ -37,6 +37,13 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+def test_a_directory_of_other_things_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    words = r"holds other things \(thesis.tex\). Give a new or empty directory"
+    with pytest.raises(CheckpointError, match=words), RunDirectory(tmp_path).held(resume=False):
+        pass
+
+
 def test_nan_and_infinity_become_null() -> None:
     value = {"a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}, "e": 0.1}
     assert json.loads(to_json(value)) == {"a": None, "b": [1.0, None], "c": {"d": None}, "e": 0.1}

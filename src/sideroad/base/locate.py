@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def local_path(config: BaseConfig) -> Path | None:
     Raises:
         BaseModelError: neither, with the nearest known name.
     """
-    path = Path(config.model).expanduser()
+    path = Path(os.path.expanduser(config.model))
     if path.is_dir():
         return path
     if path.is_file():

@@ -21,7 +21,7 @@ from sideroad.base import Base, BaseConfig, BaseIdentity, load_base, load_meta
 from sideroad.base.progress import OnProgress
 from sideroad.base.quiet import quiet
 from sideroad.errors import MergeError, raise_findings
-from sideroad.files import JSON, json_text, read_json, replace_directory, write_bytes
+from sideroad.files import JSON, json_text, read_json, refuse_occupied_path, replace_directory, write_bytes
 from sideroad.lowrank import LowRank
 from sideroad.tensor_files import read_tensors, same_bits, shorten
 from sideroad.weights import read_dense
@@ -97,6 +97,7 @@ def merge(
         AdapterError: an adapter cannot be read or does not fit, or `out` cannot be written.
         BaseModelError: the base cannot be loaded.
     """
+    refuse_occupied_path(Path(out), _objection)
     weights = {Path(p): float(w) for p, w in _weighted(adapters)}
     values = {path: Adapter.load(path) for path in weights}
     settings = (base or _named_base(values)).model_copy(update={"device": "cpu"})

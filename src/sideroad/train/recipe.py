@@ -5,6 +5,7 @@ Loading one takes neither torch nor transformers, so the command line can answer
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -223,7 +224,7 @@ def _located(value: Any, folders: Sequence[Path]) -> Any:
         return [_located(item, folders) for item in value]
     if not isinstance(value, str) or not value.strip():
         return value
-    given = Path(value).expanduser()
+    given = Path(os.path.expanduser(value))
     for folder in folders:
         if (folder / given).exists():
             return str((folder / given).resolve())

@@ -97,8 +97,14 @@ class RunDirectory:
 
     def _refuse_existing(self) -> None:
         held = [item.name for item in (self.recipe, self.metrics, self.checkpoints, self.adapter) if item.exists()]
-        if not held:
+        others = sorted(item.name for item in self.path.iterdir() if not item.name.startswith("."))
+        if not others:
             return
+        if not held:
+            shown = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")
+            raise CheckpointError(
+                f"run directory {self.path} holds other things ({shown}). Give a new or empty directory by --run."
+            )
         state = "a finished run" if self.result.is_file() else "an unfinished run"
         raise CheckpointError(
             f"run directory {self.path} already holds {state} ({', '.join(held)}). "
