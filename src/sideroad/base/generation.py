@@ -126,7 +126,8 @@ def _continue(
         if "position_ids" in accepted:
             arguments["position_ids"] = positions
         if "logits_to_keep" in accepted:
-            arguments["logits_to_keep"] = 1
+            # an index, not 1: the slice that 1 makes is not contiguous, and torch then copies the head once per row
+            arguments["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
         logits = base.model(input_ids=ids, **arguments).logits[:, -1].float()
         _append(rows, _choose(logits, rows, temperature, top_p), stops, on_token)
         kept = [place for place, row in enumerate(rows) if not row.done]
