@@ -106,6 +106,7 @@ def _compare(recipe: Recipe, setup: Setup, known: Mapping[str, float | None], em
         return None
 
     def scores(who: Literal["base", "adapted"]) -> Scores:
+        """Score what acts now, telling of each answer."""
         begun = Evaluating(who, len(dataset.examples))
         emit(begun)
         return evaluate(
