@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
-from sideroad.errors import AdapterError, MergeError, did_you_mean
+from sideroad.errors import AdapterError, MergeError
 from sideroad.fitting import compare_layouts, layout_of, refuse_occupied
 from sideroad.hold import let_go, take_hold
 from sideroad.interrupts import uninterrupted
 from sideroad.merging import Merged, base_instead, merge_into, restore
 from sideroad.methods import make_delta, tune_delta
-from sideroad.route import Names, Route, by_key, close_layer, deltas_of, escape, open_layer, read_weights, unescape
+from sideroad.roster import Entry, Roster
+from sideroad.route import Names, Route, by_key, close_layer, deltas_of, escape, open_layer, unescape
 from sideroad.targets import Survey, named_exactly
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """An attached adapter: its description (an Adapter without tensors) and the layers that hold its tensors."""
-
-    description: Adapter
-    targets: tuple[str, ...]
-    paths: tuple[str, ...]
 
 
 class Attached:
@@ -46,14 +37,14 @@ class Attached:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._route = Route()
-        self._entries: dict[str, _Entry] = {}
+        self._roster = Roster()
         self._flags: dict[str, bool] = {}
         self._merged: Merged | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the attached adapters, in the order they came."""
-        return tuple(self._entries)
+        return tuple(self._roster.entries)
 
     @property
     def active(self) -> Mapping[str, float]:
@@ -75,16 +66,16 @@ class Attached:
 
     def paths(self, name: str) -> tuple[str, ...]:
         """Return the module paths that an adapter has tensors on, in model order."""
-        return self._entry(name).paths
+        return self._roster.find(name).paths
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return an adapter's live parameters by `<module path>.A`, `.B` and `.bias`."""
-        deltas = ((path, self._delta(path, name)) for path in self._entry(name).paths)
+        deltas = ((path, self._delta(path, name)) for path in self._roster.find(name).paths)
         return {f"{path}.{part}": parameter for path, delta in deltas for part, parameter in delta.named_parameters()}
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as a value: CPU copies of its tensors, its targets as the shortest list of names."""
-        entry = self._entry(name)
+        entry = self._roster.find(name)
         config = named_exactly(self.model, entry.description.config, entry.targets)
         weights = {path: _tensors(self._delta(path, name)) for path in entry.paths}
         return replace(entry.description, config=config, weights=weights)
@@ -96,7 +87,7 @@ class Attached:
             AdapterError: another set of tensors or other shapes; all are listed and nothing is changed.
             MergeError: the adapter is merged.
         """
-        entry = self._entry(name)
+        entry = self._roster.find(name)
         if name in self.merged_names:
             raise MergeError(f'adapter "{name}" is merged; unmerge() before loading into it.')
         present = layout_of({path: _live(self._delta(path, name)) for path in entry.paths})
@@ -107,11 +98,11 @@ class Attached:
                 for part, parameter in delta.named_parameters():
                     parameter.copy_(placed[path][part])
             tune_delta(delta, value.config, path)
-        self._entries[name] = replace(entry, description=replace(value, weights={}))
+        self._roster.entries[name] = replace(entry, description=replace(value, weights={}))
 
     def set_trainable(self, names: str | Sequence[str]) -> None:
         """Make exactly these adapters require gradients; an empty sequence freezes them all."""
-        wanted = self._weights(names)
+        wanted = self._roster.weights(names)
         for name in self.names:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(name in wanted)
@@ -124,7 +115,7 @@ class Attached:
             MergeError: adapters are merged.
         """
         self._refuse_merged("activate()")
-        self._route.switch(self._weights(names))
+        self._route.switch(self._roster.weights(names))
 
     @contextmanager
     def using(self, names: Names) -> Iterator[Attached]:
@@ -135,7 +126,7 @@ class Attached:
             MergeError: adapters are merged.
         """
         self._refuse_merged("using()")
-        weights = self._weights(names)
+        weights = self._roster.weights(names)
         with self._route.kept():
             self._route.switch(weights)
             yield self
@@ -217,7 +208,7 @@ class Attached:
         self._refuse_merged("detach()")
         names = self.names if name is None else (name,)
         for one in names:
-            self._entry(one)
+            self._roster.find(one)
         with uninterrupted():
             for one in names:
                 self._remove(one)
@@ -245,26 +236,21 @@ class Attached:
         config = description.config
         deltas = {path: make_delta(config, path, layer, tensors[path]) for path, layer in layers.items()}
         with uninterrupted():
-            if not self._entries:
+            if not self._roster.entries:
                 self._flags = take_hold(self.model, self)
             for path, layer in layers.items():
                 open_layer(layer, self._route).put(escape(name), deltas[path].requires_grad_(trainable))
-            self._entries[name] = _Entry(description, tuple(targets), tuple(layers))
-            if len(self._entries) == 1:
+            self._roster.entries[name] = Entry(description, tuple(targets), tuple(layers))
+            if len(self._roster.entries) == 1:
                 self._route.switch({name: 1.0})
 
     def refuse_name(self, name: str) -> None:
         """Raise AdapterError if no adapter can get this name: it is empty, or taken."""
-        if not name:
-            raise AdapterError("an adapter's name cannot be empty; give any text.")
-        if name in self._entries:
-            raise AdapterError(
-                f'an adapter named "{name}" is attached already; detach("{name}"), load into it, or take another name.'
-            )
+        self._roster.refuse_new(name)
 
     def _remove(self, name: str) -> None:
         key = escape(name)
-        for path in self._entries.pop(name).paths:
+        for path in self._roster.entries.pop(name).paths:
             layer = self.model.get_submodule(path)
             deltas = deltas_of(layer)
             if deltas is not None:
@@ -272,12 +258,12 @@ class Attached:
                 if not deltas._modules:
                     close_layer(layer)
         self._route.drop(key)
-        if not self._entries:
+        if not self._roster.entries:
             let_go(self.model, self._flags)
 
     def _merge(self, names: Names | None, *, keep_base: bool) -> None:
         self._route.refuse_strangers()
-        weights = self._route.live if names is None else by_key(self._weights(names))
+        weights = self._route.live if names is None else by_key(self._roster.weights(names))
         if self._merged is not None:
             if names is not None and weights != self._merged.weights:
                 shown = ", ".join(self.merged_names)
@@ -285,10 +271,11 @@ class Attached:
             self._merged.kept = self._merged.kept if keep_base else None
             return
         if not weights:
-            raise AdapterError(f"no adapter is active, so there is nothing to merge; name one of: {self._listed()}.")
+            listed = self._roster.listed()
+            raise AdapterError(f"no adapter is active, so there is nothing to merge; name one of: {listed}.")
         pairs: dict[str, list[tuple[nn.Module, float]]] = {}
         for key, weight in weights.items():
-            for path in self._entries[unescape(key)].paths:
+            for path in self._roster.entries[unescape(key)].paths:
                 pairs.setdefault(path, []).append((self._delta(path, unescape(key)), weight))
         with uninterrupted():
             kept, untied = merge_into(self.model, pairs, keep_base=keep_base)
@@ -304,30 +291,12 @@ class Attached:
             self._route.active, self._route.live = merged.before
             self._merged = None
 
-    def _weights(self, names: Names) -> dict[str, float]:
-        """Read any way of naming adapters; every name must be known, every weight finite."""
-        weights = read_weights(names)
-        for name, weight in weights.items():
-            self._entry(name)
-            if not math.isfinite(weight):
-                raise AdapterError(f'the weight of adapter "{name}" is {weight}; it must be a finite number.')
-        return weights
-
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
-            guess = did_you_mean(name, self.names)
-            raise AdapterError(f'no adapter is named "{name}". Attached: {self._listed()}.{guess}')
-        return self._entries[name]
-
     def _delta(self, path: str, name: str) -> nn.Module:
         deltas = deltas_of(self.model.get_submodule(path))
         delta = deltas._modules.get(escape(name)) if deltas is not None else None
         if delta is None:
             raise AdapterError(f'adapter "{name}" is gone from {path}: the layer was replaced after attach.')
         return delta
-
-    def _listed(self) -> str:
-        return ", ".join(self.names) or "none"
 
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
