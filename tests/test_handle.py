@@ -122,8 +122,11 @@ def test_detach_one_leaves_the_others() -> None:
 @pytest.mark.parametrize("call", ["merge", "unmerge", "merge_and_unload", "detach"])
 def test_what_would_break_a_context_is_refused_inside_it(call: str) -> None:
     handle = three()
-    for context in (handle.using("b"), handle.disabled()):
-        with context, pytest.raises(AdapterError, match=rf"{call}\(\) inside a using\(\) or disabled\(\) block"):
+    for context in (handle.using("b"), handle.rows(["b"]), handle.disabled()):
+        with (
+            context,
+            pytest.raises(AdapterError, match=rf"{call}\(\) inside a using\(\), rows\(\) or disabled\(\) block"),
+        ):
             getattr(handle, call)()
     assert handle.names == ("a", "b", "c.d", "unused")
 

@@ -15,9 +15,10 @@ from sideroad.fitting import compare_layouts, layout_of, refuse_occupied
 from sideroad.hold import let_go, take_hold
 from sideroad.interrupts import uninterrupted
 from sideroad.merging import Merged, base_instead, merge_into, restore
-from sideroad.methods import make_delta, tune_delta
+from sideroad.methods import make_delta, parts_of, tune_delta
 from sideroad.roster import Entry, Roster
-from sideroad.route import Names, Route, by_key, close_layer, deltas_of, escape, open_layer, unescape
+from sideroad.route import Names, Route, by_key, close_layer, deltas_of, escape, find_delta, open_layer, unescape
+from sideroad.rows import Plan
 from sideroad.targets import Survey, named_exactly
 
 
@@ -25,7 +26,7 @@ class Attached:
     """The adapters of one model: which there are, which act, which are trained, and the way into weights and back.
 
     Active and trainable are separate: no switch changes a `requires_grad`. With gradient checkpointing, run `backward`
-    inside the same `using` or `disabled` block as the forward: it computes activations again.
+    inside the same `using`, `rows` or `disabled` block as the forward: it computes activations again.
 
     Which adapters act is one state of the model: every thread's forward sees it. While one thread is inside a block,
     others may run the model (with the block's choice) but cannot switch it. Do not `await` inside a block.
@@ -48,11 +49,20 @@ class Attached:
 
     @property
     def active(self) -> Mapping[str, float]:
-        """Adapters that shape the model's output now, each with its weight: merged, or added in the forward."""
+        """Adapters that shape the model's output now, each with its weight: merged, or added in the forward.
+
+        Empty inside a `rows` block, where no adapter stands for all rows: see `by_row`.
+        """
         now = self._route.live
         if self._merged is not None:
             now = {} if self._merged.aside is not None else self._merged.weights
         return {unescape(key): weight for key, weight in now.items()}
+
+    @property
+    def by_row(self) -> tuple[Mapping[str, float], ...]:
+        """Adapters that shape each row of a batch, inside a `rows` block; empty elsewhere."""
+        rows = self._route.plan.rows if self._route.plan else ()
+        return tuple({unescape(key): weight for key, weight in weights.items()} for weights in rows)
 
     @property
     def merged_names(self) -> tuple[str, ...]:
@@ -70,14 +80,17 @@ class Attached:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return an adapter's live parameters by `<module path>.A`, `.B` and `.bias`."""
-        deltas = ((path, self._delta(path, name)) for path in self._roster.find(name).paths)
+        deltas = ((path, find_delta(self.model, path, name)) for path in self._roster.find(name).paths)
         return {f"{path}.{part}": parameter for path, delta in deltas for part, parameter in delta.named_parameters()}
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as a value: CPU copies of its tensors, its targets as the shortest list of names."""
         entry = self._roster.find(name)
         config = named_exactly(self.model, entry.description.config, entry.targets)
-        weights = {path: _tensors(self._delta(path, name)) for path in entry.paths}
+        live = {path: parts_of(find_delta(self.model, path, name)) for path in entry.paths}
+        weights = {
+            path: {part: one.to("cpu", copy=True) for part, one in parts.items()} for path, parts in live.items()
+        }
         return replace(entry.description, config=config, weights=weights)
 
     def load(self, name: str, value: Adapter) -> None:
@@ -90,10 +103,10 @@ class Attached:
         entry = self._roster.find(name)
         if name in self.merged_names:
             raise MergeError(f'adapter "{name}" is merged; unmerge() before loading into it.')
-        present = layout_of({path: _live(self._delta(path, name)) for path in entry.paths})
+        present = layout_of({path: parts_of(find_delta(self.model, path, name)) for path in entry.paths})
         placed = compare_layouts(Survey(self.model), value, name, present)
         for path in entry.paths:
-            delta = self._delta(path, name)
+            delta = find_delta(self.model, path, name)
             with torch.no_grad():
                 for part, parameter in delta.named_parameters():
                     parameter.copy_(placed[path][part])
@@ -132,6 +145,30 @@ class Attached:
             yield self
 
     @contextmanager
+    def rows(self, names: Sequence[Names | None], copies: int = 1) -> Iterator[Attached]:
+        """Compute each row of a batch with adapters of its own inside a `with` block; None means the base.
+
+        Row i of every adapted layer's input (dim 0) gets what is named for it, in training too. Rows are grouped by
+        choice, so the cost is that of the groups; a batch in which equal choices lie together is not even reordered.
+        The latest choice counts: `using`, `disabled`, `activate` or another `rows` inside the block replace this one,
+        for the whole batch, until they end.
+
+        Args:
+            names: one entry for each row, as in `activate`, or None.
+            copies: layers may also see each row this many times in succession, as `generate` repeats them for
+                `num_beams` or `num_return_sequences` (an encoder sees them once, the decoder repeated).
+        Raises:
+            AdapterError: an unknown name, an empty list, inside a `disabled` block; from the model's forward: a layer
+                sees another number of rows.
+            MergeError: adapters are merged.
+        """
+        self._refuse_merged("rows()")
+        plan = Plan([by_key(weights) for weights in self._roster.row_weights(names)], copies)
+        with self._route.kept():
+            self._route.switch_rows(plan)
+            yield self
+
+    @contextmanager
     def disabled(self) -> Iterator[Attached]:
         """Give the base inside a `with` block, bit for bit; merged weights are swapped out and in again.
 
@@ -139,7 +176,7 @@ class Attached:
             MergeError: adapters are merged and the base's bytes were not kept.
         """
         with self._route.kept(), base_instead(self.model, self._merged):
-            self._route.live = {}
+            self._route.silence()
             yield self
 
     @contextmanager
@@ -164,7 +201,7 @@ class Attached:
             keep_base: keep a CPU copy of each changed weight, without which the merge cannot be undone.
         Raises:
             MergeError: another set is merged, a weight is shared with another layer, or a result is not finite.
-            AdapterError: nothing to merge, or inside a `using` or `disabled` block.
+            AdapterError: nothing to merge, or inside a `using`, `rows` or `disabled` block.
         """
         self._refuse_inside("merge()")
         self._merge(names, keep_base=keep_base)
@@ -174,7 +211,7 @@ class Attached:
 
         Raises:
             MergeError: nothing is merged, or the base was not kept.
-            AdapterError: inside a `using` or `disabled` block.
+            AdapterError: inside a `using`, `rows` or `disabled` block.
         """
         self._refuse_inside("unmerge()")
         if self._merged is None:
@@ -201,7 +238,7 @@ class Attached:
         """Remove one adapter, or all; with the last one the model is exactly what it was before the first.
 
         Raises:
-            AdapterError: an unknown name, or inside a `using` or `disabled` block.
+            AdapterError: an unknown name, or inside a `using`, `rows` or `disabled` block.
             MergeError: adapters are merged.
         """
         self._refuse_inside("detach()")
@@ -263,6 +300,10 @@ class Attached:
 
     def _merge(self, names: Names | None, *, keep_base: bool) -> None:
         self._route.refuse_strangers()
+        if self._route.plan is not None:
+            raise AdapterError(
+                "a merge holds for all rows, but rows() says what acts; leave its block, or activate() first."
+            )
         weights = self._route.live if names is None else by_key(self._roster.weights(names))
         if self._merged is not None:
             if names is not None and weights != self._merged.weights:
@@ -276,7 +317,7 @@ class Attached:
         pairs: dict[str, list[tuple[nn.Module, float]]] = {}
         for key, weight in weights.items():
             for path in self._roster.entries[unescape(key)].paths:
-                pairs.setdefault(path, []).append((self._delta(path, unescape(key)), weight))
+                pairs.setdefault(path, []).append((find_delta(self.model, path, unescape(key)), weight))
         with uninterrupted():
             kept, untied = merge_into(self.model, pairs, keep_base=keep_base)
             self._merged = Merged(dict(weights), (self._route.active, self._route.live), kept, untied)
@@ -291,13 +332,6 @@ class Attached:
             self._route.active, self._route.live = merged.before
             self._merged = None
 
-    def _delta(self, path: str, name: str) -> nn.Module:
-        deltas = deltas_of(self.model.get_submodule(path))
-        delta = deltas._modules.get(escape(name)) if deltas is not None else None
-        if delta is None:
-            raise AdapterError(f'adapter "{name}" is gone from {path}: the layer was replaced after attach.')
-        return delta
-
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
             shown = ", ".join(self.merged_names)
@@ -305,12 +339,6 @@ class Attached:
 
     def _refuse_inside(self, what: str) -> None:
         if self._route.depth:
-            raise AdapterError(f"{what} inside a using() or disabled() block; leave it first: it restores its start.")
-
-
-def _live(delta: nn.Module) -> dict[str, Tensor]:
-    return {part: parameter.detach() for part, parameter in delta.named_parameters()}
-
-
-def _tensors(delta: nn.Module) -> dict[str, Tensor]:
-    return {part: tensor.to("cpu", copy=True) for part, tensor in _live(delta).items()}
+            raise AdapterError(
+                f"{what} inside a using(), rows() or disabled() block; leave it first: it restores its start."
+            )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sideroad.adapter import Adapter
-from sideroad.errors import AdapterError, did_you_mean
+from sideroad.errors import AdapterError, did_you_mean, raise_findings
 from sideroad.route import Names, read_weights
 
 
@@ -61,3 +62,24 @@ class Roster:
             if not math.isfinite(weight):
                 raise AdapterError(f'the weight of adapter "{name}" is {weight}; it must be a finite number.')
         return weights
+
+    def row_weights(self, names: Sequence[Names | None]) -> list[dict[str, float]]:
+        """Return name → weight for each row; nothing for None.
+
+        Raises:
+            AdapterError: not a list with one entry a row, or an entry that `weights` refuses; all are listed.
+        """
+        if isinstance(names, str | Mapping):
+            raise AdapterError(
+                f"rows() takes a list with one entry for each row of the batch, found {names!r}; "
+                "using() lets one choice act on all rows."
+            )
+        found: list[dict[str, float]] = []
+        wrong: dict[str, list[str]] = {}
+        for row, choice in enumerate(names):
+            try:
+                found.append({} if choice is None else self.weights(choice))
+            except AdapterError as error:
+                wrong.setdefault(str(error), []).append(str(row))
+        raise_findings(AdapterError, "rows()", [f"row {', '.join(at)}: {text}" for text, at in wrong.items()])
+        return found

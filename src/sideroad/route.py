@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sideroad.errors import AdapterError
+from sideroad.rows import Plan
 
 CHILD = "lora"
 """Name of the child module on an adapted layer."""
@@ -30,14 +31,18 @@ class Route:
         self.active: dict[str, float] = {}
         """What the user chose, by key."""
         self.live: dict[str, float] = {}
-        """What the hooks add: `active`, or nothing while disabled or merged."""
+        """What the hooks add to every row: `active`, or nothing while disabled, merged, or by rows."""
+        self.plan: Plan | None = None
+        """What the hooks add row by row; None outside `rows` blocks."""
+        self.off = False
+        """The base was asked for, by an open `disabled` block."""
         self.depth = 0
         """Open `kept` blocks."""
         self._holder: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy made inside a block keeps what acts there; the block itself stays with the original."""
-        return {**self.__dict__, "depth": 0, "_holder": {}}
+        return {**self.__dict__, "off": False, "depth": 0, "_holder": {}}
 
     def switch(self, weights: Mapping[str, float]) -> None:
         """Let exactly these adapters act, given by name.
@@ -47,11 +52,30 @@ class Route:
         """
         self.refuse_strangers()
         self.active = self.live = by_key(weights)
+        self.plan, self.off = None, False
+
+    def switch_rows(self, plan: Plan) -> None:
+        """Let the adapters of a plan act, each on its rows.
+
+        Raises:
+            AdapterError: another thread has an open block, or a `disabled` block asks for the base.
+        """
+        self.refuse_strangers()
+        if self.off:
+            raise AdapterError(
+                "rows() inside a disabled() block: the one names adapters, the other asks for the base; leave one out."
+            )
+        self.active, self.live, self.plan = {}, {}, plan
+
+    def silence(self) -> None:
+        """Let none act, until the `kept` block around it is left or another choice is made."""
+        self.live, self.plan, self.off = {}, None, True
 
     def drop(self, key: str) -> None:
         """Forget one adapter."""
         self.active = {one: weight for one, weight in self.active.items() if one != key}
         self.live = {one: weight for one, weight in self.live.items() if one != key}
+        self.plan = self.plan and self.plan.without(key)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -63,12 +87,12 @@ class Route:
         # one dictionary operation, so that two threads cannot both find it empty
         self._holder.setdefault("thread", get_ident())
         self.refuse_strangers()
-        before = self.active, self.live, self.depth
+        before = self.active, self.live, self.plan, self.off, self.depth
         try:
             self.depth += 1
             yield
         finally:
-            self.active, self.live, self.depth = before
+            self.active, self.live, self.plan, self.off, self.depth = before
             if not self.depth:
                 self._holder.clear()
 
@@ -76,8 +100,8 @@ class Route:
         """Raise AdapterError if another thread than this one has an open block."""
         if self._holder.get("thread", get_ident()) != get_ident():
             raise AdapterError(
-                "another thread is inside a using() or disabled() block of this model. Which adapters act is one state "
-                "for all threads: let one thread switch, or give each thread a copy of the model."
+                "another thread is inside a using(), rows() or disabled() block of this model. Which adapters act is "
+                "one state for all threads: let one thread switch, or give each thread a copy of the model."
             )
 
 
@@ -90,14 +114,22 @@ class Deltas(nn.Module):
         self.handle: RemovableHandle | None = None
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return y plus every live delta.
+        """Return y plus every live delta, or, inside a `rows` block, each row plus its own.
 
         Args:
             layer: the adapted layer, which must not be called from here.
             x: its input, [..., in].
             y: its own output, [..., out].
         """
-        for key, weight in self.route.live.items():
+        plan = self.route.plan
+        if plan is None:
+            return self._add(layer, x, y, self.route.live)
+        segments = plan.segments(layer, x, self._modules)
+        parts = zip(segments.split(x), segments.split(y), segments.weights, strict=True)
+        return segments.join([self._add(layer, *part) for part in parts])
+
+    def _add(self, layer: nn.Module, x: Tensor, y: Tensor, weights: Mapping[str, float]) -> Tensor:
+        for key, weight in weights.items():
             delta = self._modules.get(key)
             if delta is not None:
                 y = delta(x, y, layer, weight)
@@ -119,6 +151,19 @@ def deltas_of(layer: nn.Module) -> Deltas | None:
     """Return the layer's `lora` child, or None where the layer is not adapted."""
     child = layer._modules.get(CHILD)
     return child if isinstance(child, Deltas) else None
+
+
+def find_delta(model: nn.Module, path: str, name: str) -> nn.Module:
+    """Return the delta that an adapter has on the layer at that path.
+
+    Raises:
+        AdapterError: there is none, though the adapter was attached to it.
+    """
+    deltas = deltas_of(model.get_submodule(path))
+    delta = deltas._modules.get(escape(name)) if deltas is not None else None
+    if delta is None:
+        raise AdapterError(f'adapter "{name}" is gone from {path}: the layer was replaced after attach.')
+    return delta
 
 
 def open_layer(layer: nn.Module, route: Route) -> Deltas:

@@ -58,3 +58,8 @@ def tune_delta(delta: nn.Module, config: AdapterConfig, path: str) -> None:
     if isinstance(delta, LoraDelta):
         delta.scale = scale(config, path, delta.A.shape[0])
         delta.dropout = config.method.dropout
+
+
+def parts_of(delta: nn.Module) -> dict[str, Tensor]:
+    """Return a delta's live tensors by name, detached."""
+    return {part: parameter.detach() for part, parameter in delta.named_parameters()}
