@@ -56,16 +56,18 @@ def test_every_kind_of_problem_at_once() -> None:
     pair = one.weights[Q0]
     weights = {
         Q0: {"A": pair["A"], "magnitude": torch.ones(32)},
-        "model.embed_tokens": dict(pair),
+        "model.embed_tokens": {"A": pair["A"], "B": pair["B"]},
+        "model.norm": dict(pair),
         "model.layers.0.self_attn.v_proj": {"bias": torch.ones(3)},
         "model.layers.0.self_attn.k_proj": {},
     }
     text = refused(replace(one, weights=weights))
     for part in (
-        "6 problems",
+        "7 problems",
         "has unknown tensors magnitude; allowed: A, B, bias",
         "has A but lacks B",
-        "model.embed_tokens: is a Embedding, which cannot be adapted",
+        "model.embed_tokens: has A of shape [8, 32]; the layer needs [8, 259] for rank 8",
+        "model.norm: is a LlamaRMSNorm, which cannot be adapted",
         "v_proj: has a bias in the adapter, but this Linear has none that can be trained",
         "k_proj: has no tensors",
         f"{Q1}: has no tensors, but targets q_proj mean it",

@@ -15,7 +15,7 @@ from sideroad.targets import Target
 
 
 def target(path: str = "q", rank: int = 16, into: int = 1000) -> Target:
-    return Target(path, 64, into, rank, 16.0)
+    return Target(path, 64, into, rank, 16.0, ((rank, into), (64, rank)), 64)
 
 
 def test_distributions() -> None:
@@ -31,6 +31,13 @@ def test_an_adapter_starts_as_the_base_where_its_product_is_zero() -> None:
     for init in get_args(Init):
         pair = start_pair(target(), init, 0)
         assert starts_as_base(init) == (not (pair["B"] @ pair["A"]).any()), init
+
+
+def test_an_embedding_starts_with_a_zero_and_b_normal() -> None:
+    pair = start_pair(target(rank=64, into=2000), "kaiming", 0, looked_up=True)
+    assert not pair["A"].any()
+    assert abs(float(pair["B"].std()) - 1) < 0.05
+    assert start_pair(target(), "random", 0, looked_up=True)["A"].any()
 
 
 def test_seed_and_path_decide() -> None:

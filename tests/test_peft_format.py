@@ -10,7 +10,7 @@ import torch
 
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.peft_format import read_config, write_config
-from sideroad.peft_keys import from_tensors, module_key, path_order, to_tensors
+from sideroad.peft_keys import Sorted, from_tensors, module_key, path_order, to_tensors
 from sideroad.scaling import scale
 from sideroad.targets import alpha_of, matches, rank_of
 
@@ -186,7 +186,7 @@ def test_overlapping_patterns_keep_their_meaning_when_a_reader_sorts_them() -> N
 
 
 REFUSED = {
-    "use_dora": True, "lora_bias": True, "modules_to_save": ["classifier"], "trainable_token_indices": [1],
+    "use_dora": True, "lora_bias": True, 
     "target_parameters": ["experts.w"], "layer_replication": [[0, 2]], "alora_invocation_tokens": [],
     "use_qalora": True, "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 1}, "velora_config": {"scale": 1},
     "kasa_config": {"beta": 1}, "monteclora_config": {"num_samples": 1}, "enable_lora": [True, False, True],
@@ -237,10 +237,49 @@ def test_unknown_field_that_is_set_is_refused_unless_allowed() -> None:
     assert reading({"use_dora": True}, allow_unknown=("use_dora",)).findings
 
 
-def test_tying_is_refused_unless_allowed() -> None:
-    assert "adapters of a tied embedding and head are one" in finding({"ensure_weight_tying": True})
-    assert not reading({"ensure_weight_tying": True}, allow_unknown=("ensure_weight_tying",)).findings
-    assert dict(reading({"ensure_weight_tying": False}).foreign) == {}
+def test_tying_says_nothing_that_the_tensors_do_not() -> None:
+    for value in (True, False):
+        found = reading({"ensure_weight_tying": value})
+        assert (found.findings, dict(found.foreign)) == ((), {})
+
+
+def test_a_head_that_follows_its_embedding_needs_no_target() -> None:
+    ranks = {"embed": 2, "head": 2}
+    A, B = torch.randn(2, 5), torch.randn(3, 2)
+    held = Sorted({"embed": {"A": A, "B": B}, "head": {"A": B.t(), "B": A.t()}}, kinds={"embed": "embedding"})
+    fields = {"peft_type": "LORA", "r": 2, "target_modules": ["embed"], "ensure_weight_tying": True}
+    assert not read_config(fields, ranks, held).findings
+    assert "do not cover" in read_config({**fields, "ensure_weight_tying": False}, ranks, held).findings[0]
+    other = Sorted({**held.weights, "head": {"A": B.t(), "B": A.t() + 1}}, kinds={"embed": "embedding"})
+    assert "do not cover" in read_config(fields, ranks, other).findings[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"modules_to_save": "score"}, "modules_to_save is 'score'; expected a list of names"),
+        ({"modules_to_save": ["score"]}, "but the file holds no such module: what was trained in it is lost"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is set, but the file holds no trained rows"),
+        ({"trainable_token_indices": {"wte": ["a"]}}, "expected a list of ids, or a mapping to lists"),
+    ],
+)
+def test_parts_that_the_file_lacks_are_named(fields: dict[str, Any], words: str) -> None:
+    assert words in finding(fields)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (None, "wte has trained rows, but trainable_token_indices is not set"),
+        ({"embed": [1, 2]}, "wte has trained rows, but trainable_token_indices does not name it"),
+        ([1, 2, 3], "wte has 2 trained rows, but trainable_token_indices lists 3 ids"),
+        ({"wte": [4, 4]}, "lists 2 ids, some of them twice"),
+    ],
+)
+def test_rows_and_their_ids_must_agree(said: Any, words: str) -> None:
+    held = Sorted({"wte": {"rows": torch.zeros(2, 3)}})
+    fields = {"peft_type": "LORA", "trainable_token_indices": said, "target_modules": []}
+    assert words in read_config(fields, {}, held).findings[0]
 
 
 def test_harmless_fields_are_kept_when_they_say_something() -> None:
@@ -297,14 +336,15 @@ def test_keys_survive_both_ways() -> None:
         "model.layers.10.q": {"A": torch.ones(1, 2), "B": torch.ones(2, 1)},
         "model.norm": {"bias": torch.ones(2)},
     }
-    tensors = to_tensors(weights)
+    tensors = to_tensors(weights, {}, {})
     assert set(tensors) == {
         "base_model.model.model.layers.2.q.lora_A.weight", "base_model.model.model.layers.2.q.lora_B.weight",
         "base_model.model.model.layers.2.q.base_layer.bias", "base_model.model.model.layers.10.q.lora_A.weight",
         "base_model.model.model.layers.10.q.lora_B.weight", "base_model.model.model.norm.bias",
     }  # fmt: skip
-    again, findings = from_tensors(dict(sorted(tensors.items())))
-    assert findings == []
+    found = from_tensors(dict(sorted(tensors.items())))
+    again = found.weights
+    assert (found.findings, found.modules, found.kinds) == ([], {}, {})
     assert list(again) == list(weights)
     assert all(again[path][leaf] is tensor for path, leaves in weights.items() for leaf, tensor in leaves.items())
 
@@ -312,8 +352,47 @@ def test_keys_survive_both_ways() -> None:
 def test_older_bias_names_are_read_once() -> None:
     plain, wrapped = "base_model.model.a.q.bias", "base_model.model.a.q.base_layer.bias"
     for key in (plain, wrapped):
-        assert list(from_tensors({key: torch.ones(2)})[0]) == ["a.q"]
-    assert "a second tensor for the same place" in from_tensors({plain: torch.ones(2), wrapped: torch.ones(2)})[1][0]
+        assert list(from_tensors({key: torch.ones(2)}).weights) == ["a.q"]
+    both = from_tensors({plain: torch.ones(2), wrapped: torch.ones(2)})
+    assert "a second tensor for the same place" in both.findings[0]
+
+
+def test_every_kind_of_tensor_has_its_place() -> None:
+    weights = {
+        "emb": {"A": torch.ones(2, 9), "B": torch.ones(4, 2)},
+        "att": {"A": torch.ones(2, 4), "B": torch.ones(12, 2)},
+        "att.out_proj": {"A": torch.ones(2, 4), "B": torch.ones(4, 2)},
+        "wte": {"rows": torch.ones(3, 4)},
+    }
+    modules = {"head": {"0.weight": torch.ones(3, 4), "norm.num_batches_tracked": torch.tensor(1)}}
+    kinds = {"emb": "embedding", "att.out_proj": "attention-output"}
+    named = to_tensors(weights, modules, kinds)
+    root = "base_model.model."
+    assert set(named) == {
+        f"{root}emb.lora_embedding_A", f"{root}emb.lora_embedding_B", f"{root}att.lora_A.weight",
+        f"{root}att.lora_B.weight", f"{root}att.base_layer.out_proj.lora_A.weight",
+        f"{root}att.base_layer.out_proj.lora_B.weight", f"{root}wte.token_adapter.trainable_tokens_delta",
+        f"{root}head.0.weight", f"{root}head.norm.num_batches_tracked",
+    }  # fmt: skip
+    found = from_tensors(named, ["head"])
+    assert (found.findings, found.kinds, found.modules) == ([], kinds, modules)
+    assert {path: set(leaves) for path, leaves in found.weights.items()} == {p: set(v) for p, v in weights.items()}
+
+
+def test_weights_saved_unasked_are_held_apart() -> None:
+    root, one = "base_model.model.", torch.ones(3, 4)
+    names = {
+        "embed.weight": "embed", "head.base_layer.weight": "head", "wte.token_adapter.base_layer.weight": "wte",
+    }  # fmt: skip
+    found = from_tensors({root + name: one for name in names})
+    assert found.findings == []
+    assert {path: list(leaves) for path, leaves in found.weights.items()} == dict.fromkeys(names.values(), ["base"])
+
+
+def test_strays_beside_a_whole_module_are_passed_over() -> None:
+    names = ("head.bias", "head.modules_to_save.bias", "head.original_module.bias")
+    found = from_tensors({f"base_model.model.{name}": torch.ones(3) for name in names}, ["head"])
+    assert (found.findings, list(found.modules), list(found.modules["head"])) == ([], ["head"], ["bias"])
 
 
 @pytest.mark.parametrize(
@@ -322,20 +401,17 @@ def test_older_bias_names_are_read_once() -> None:
         ("model.q.lora_A.weight", 'does not start with "base_model.model."'),
         ("base_model.model.q.x.lora_A.default.weight", 'the adapter\'s name "default" was left'),
         ("base_model.model.q.x.lora_B.my.name.weight", r'k.replace(".my.name", "")'),
-        ("base_model.model.q.x.lora_embedding_A", "a pair on an embedding"),
         ("base_model.model.q.x.lora_magnitude_vector", "DoRA is not supported yet"),
         ("base_model.model.q.x.lora_B.bias", "lora_bias"),
-        ("base_model.model.score.weight", "a whole weight (modules_to_save, or an embedding"),
-        ("base_model.model.e.token_adapter.trainable_tokens_delta", "rows of new tokens"),
-        ("base_model.model.q.x.base_layer.weight", "a copy of the base's own weight"),
         ("base_model.model.e.base_layer.lora_A.weight", "target_parameters"),
         ("base_model.model.q.x.lora_E", "AdaLoRA"),
         ("base_model.model.q.x.lora_a.weight", 'Did you mean "lora_'),
     ],
 )
 def test_tensors_that_cannot_be_placed_are_refused_by_name(key: str, words: str) -> None:
-    weights, findings = from_tensors({key: torch.ones(1, 1)})
-    assert weights == {}
+    found = from_tensors({key: torch.ones(1, 1)})
+    findings = found.findings
+    assert (found.weights, found.modules) == ({}, {})
     assert len(findings) == 1
     assert key in findings[0]
     assert words in findings[0]
@@ -343,7 +419,7 @@ def test_tensors_that_cannot_be_placed_are_refused_by_name(key: str, words: str)
 
 def test_many_tensors_of_one_kind_make_one_finding() -> None:
     keys = {f"base_model.model.l.{n}.q.lora_A.default.weight": torch.ones(1, 1) for n in range(9)}
-    findings = from_tensors(keys)[1]
+    findings = from_tensors(keys).findings
     assert len(findings) == 1
     assert "and 6 more" in findings[0]
 

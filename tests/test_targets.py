@@ -80,7 +80,7 @@ def test_exclude_layers_and_patterns() -> None:
 def test_near_miss_is_named() -> None:
     assert error(targets="q_projj") == (
         'target "q_projj" matches no layer of LlamaForCausalLM.\n'
-        "  Layers found: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head.\n"
+        "  Layers found: embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head.\n"
         '  Did you mean "q_proj"?'
     )
 
@@ -103,11 +103,11 @@ def test_everything_wrong_at_once() -> None:
 
 
 def test_what_cannot_be_adapted_is_named() -> None:
-    assert 'target "embed_tokens" means Embedding (model.embed_tokens)' in error(targets="embed_tokens")
+    assert list(resolve(tiny_llama(), AdapterConfig(targets="embed_tokens"))) == ["model.embed_tokens"]
     text = error(targets=("q_proj", "mlp", "*norm*"))
     assert 'target "mlp" means 2 x LlamaMLP (model.layers.0.mlp, …)' in text
     assert "5 x LlamaRMSNorm" in text
-    assert "allowed: nn.Linear and Conv1D" in text
+    assert "allowed: nn.Linear, Conv1D, nn.Embedding, nn.Conv1d/2d/3d and the projections" in text
 
 
 def test_patterns_that_no_target_uses() -> None:
@@ -144,8 +144,10 @@ def test_bias_options() -> None:
     assert bias_paths(model, wide.model_copy(update={"exclude": ("norm",)}), ["up"]) == ("up",)
     assert "no adapted layer" in error(model, targets="down", bias="adapted")
     model["conv"] = nn.Conv1d(2, 2, 1)
-    assert "these biases cannot be trained: conv (Conv1d)" in error(model, targets="up", bias="all")
-    assert resolve(model, AdapterConfig(targets="up", bias="all", exclude=("conv",)))
+    assert bias_paths(model, wide, ["up"]) == ("up", "norm", "conv")
+    model["batch"] = nn.BatchNorm1d(2)
+    assert "these biases cannot be trained: batch (BatchNorm1d)" in error(model, targets="up", bias="all")
+    assert resolve(model, AdapterConfig(targets="up", bias="all", exclude=("batch",)))
 
 
 def test_shared_module_counts_once() -> None:

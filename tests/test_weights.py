@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from sideroad.errors import AdapterError, TargetError
 from sideroad.weights import has_trainable_bias, is_adaptable, layer_shape, read_dense, write_dense
+
+
+class Shifted(nn.Embedding):
+    """An embedding whose forward is its own, as of positions."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + 2)
 
 
 def test_conv1d_reads_as_out_in() -> None:
@@ -48,16 +55,20 @@ def test_what_is_adaptable() -> None:
     changed = nn.Linear(4, 4)
     parametrize.register_parametrization(changed, "weight", nn.Identity())
     assert is_adaptable(nn.Linear(4, 4))
-    assert not is_adaptable(attention.out_proj), "its forward is never called"
-    for layer in (packed, changed, nn.Embedding(4, 4), nn.LayerNorm(4), nn.Conv1d(4, 4, 1), nn.ReLU()):
+    moving = nn.Embedding(4, 4, max_norm=1.0)
+    for layer in (attention, attention.out_proj, nn.Embedding(4, 4), nn.Conv1d(4, 4, 1), nn.Conv3d(4, 4, 1)):
+        assert is_adaptable(layer), layer
+    for layer in (packed, changed, moving, Shifted(4, 4), nn.LayerNorm(4), nn.ConvTranspose1d(4, 4, 1), nn.ReLU()):
         assert not is_adaptable(layer), layer
-    with pytest.raises(TargetError, match="Embedding has no weight that a low-rank pair can adapt"):
-        layer_shape(nn.Embedding(4, 4))
+    assert not is_adaptable(nn.MultiheadAttention(8, 2, kdim=4))
+    with pytest.raises(TargetError, match="LayerNorm has no weight that a low-rank pair can adapt"):
+        layer_shape(nn.LayerNorm(4))
 
 
 def test_which_biases_can_be_trained() -> None:
     assert has_trainable_bias(nn.Linear(4, 4))
     assert has_trainable_bias(Conv1D(4, 4))
     assert has_trainable_bias(nn.LayerNorm(4))
-    for layer in (nn.Linear(4, 4, bias=False), nn.Conv1d(4, 4, 1), nn.Embedding(4, 4)):
+    assert has_trainable_bias(nn.Conv1d(4, 4, 1))
+    for layer in (nn.Linear(4, 4, bias=False), nn.Embedding(4, 4), nn.MultiheadAttention(4, 2), nn.BatchNorm1d(4)):
         assert not has_trainable_bias(layer), layer

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from sideroad.config import AdapterConfig, validate
 from sideroad.errors import AdapterError, ConfigError, did_you_mean, raise_findings
 from sideroad.files import JSON, json_text, parse_object, read_json, replace_directory, write_bytes
 from sideroad.lowrank import LowRank
-from sideroad.peft_format import Reading, read_config, write_config
-from sideroad.peft_keys import from_tensors, module_key, path_order, to_tensors
-from sideroad.scaling import scale
-from sideroad.targets import rank_of
+from sideroad.pairs import blocks, compact, enabled, matrices, out_of, slices_of, spread
+from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, write_config
+from sideroad.peft_keys import BASE, Sorted, from_tensors, to_tensors
+from sideroad.scaling import RULES, scale
+from sideroad.targets import alpha_of, rank_of
+from sideroad.tensor_checks import weight_findings
 from sideroad.tensor_files import read_sharded, read_tensors, same_bits, shorten, write_tensors
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Types that an adapter's tensors may have."""
 
 RESERVED = ("base", "config")
 """Names in sideroad.json that `save` writes itself; a manifest cannot use them."""
@@ -44,9 +44,12 @@ class Adapter:
     """An adapter as a value.
 
     Args:
-        weights: module path → `A` [rank, in] and `B` [out, rank], and `bias` [out] where one was trained; a module
-            whose bias alone was trained has only `bias`. Ranks come from these tensors, whatever `config` says.
+        weights: module path → `A` [rank, in] and `B` [out, rank] (other kinds of layers: `sideroad.kinds`; slices:
+            compact, `sideroad.pairs`), and `bias` [out] where one was trained; a module whose bias alone was trained has
+            only `bias`; `rows` [ids, dim] of trained tokens. Ranks come from these tensors, whatever `config` says.
         base: the model it was made for.
+        modules: path of a module trained whole → its state.
+        kinds: path → `embedding` or `attention-output`, for layers whose tensors PEFT's files name in another way.
         foreign: harmless fields of others in adapter_config.json; they are written back as they are.
         manifest: our own extras, kept in sideroad.json beside PEFT's files; any JSON but the names in `RESERVED`.
     """
@@ -55,6 +58,8 @@ class Adapter:
     weights: Mapping[str, Mapping[str, Tensor]]
     base: BaseRecord | None = None
     task_type: str | None = "CAUSAL_LM"
+    modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
     foreign: Mapping[str, JSON] = field(default_factory=dict)
     manifest: Mapping[str, JSON] = field(default_factory=dict)
 
@@ -65,13 +70,13 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Number of stored values, biases included."""
+        """Number of stored values, biases, rows and whole modules included."""
         return sum(tensor.numel() for _, _, tensor in self._tensors())
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Module path → rank of its pair."""
-        return {path: self.weights[path]["A"].shape[0] for path in self.paths}
+        """Module path → rank of its pair; of each, where it has several (slices, groups)."""
+        return {path: file_rank(self.weights[path], rank_of(self.config, path)) for path in self.paths}
 
     def scale(self, path: str) -> float:
         """Return s of `W' = W + s·B·A` for a module.
@@ -79,7 +84,7 @@ class Adapter:
         Raises:
             AdapterError: the adapter has no pair for this module.
         """
-        return scale(self.config, path, self._pair(path)["A"].shape[0])
+        return scale(self.config, path, file_rank(self._pair(path), rank_of(self.config, path)))
 
     def lower(self, path: str) -> LowRank:
         """Return what the adapter adds to a module's weight, in fp32 (fp64 where stored so), the scale folded into B.
@@ -89,21 +94,21 @@ class Adapter:
         """
         pair = self._pair(path)
         A, B = (pair[leaf] if pair[leaf].dtype == torch.float64 else pair[leaf].float() for leaf in ("A", "B"))
-        return LowRank(A, B * self.scale(path))
+        parts = slices_of(self.config, path)
+        where = None if parts is None else blocks(parts, out_of(parts, B.shape[0]))
+        return LowRank(*matrices(A, B * self.scale(path), where, 0 if parts is None else out_of(parts, B.shape[0])))
 
     def same_weights(self, other: Adapter) -> bool:
         """Say whether both hold the same tensors, bit for bit."""
-        if {p: set(leaves) for p, leaves in self.weights.items()} != {p: set(v) for p, v in other.weights.items()}:
-            return False
-        return all(same_bits(tensor, other.weights[path][leaf]) for path, leaf, tensor in self._tensors())
+        mine, theirs = ({(path, leaf): tensor for path, leaf, tensor in one._tensors()} for one in (self, other))
+        return mine.keys() == theirs.keys() and all(same_bits(tensor, theirs[key]) for key, tensor in mine.items())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, allow_unknown: tuple[str, ...] = ()) -> Adapter:
         """Read an adapter directory as PEFT (any version) or `save` writes it.
 
         Args:
-            allow_unknown: fields of adapter_config.json to accept though we do not know them; "base_layer.weight"
-                passes over copies of the base's own weights.
+            allow_unknown: fields of adapter_config.json to accept though we do not know them.
         Raises:
             AdapterError: anything that is missing, broken, not finite or cannot be honoured, all at once.
         """
@@ -112,22 +117,25 @@ class Adapter:
         fields = read_json(directory / CONFIG)
         source = find_weights(directory)
         tensors = read_sharded(source) if source.name.endswith(".json") else read_tensors(source)
-        weights, findings = from_tensors(tensors, leave_out=allow_unknown)
-        findings += weight_findings(weights, lambda p, leaf: module_key(p, leaf, adapted="A" in weights[p]))
-        ranks = {} if findings else {p: leaves["A"].shape[0] for p, leaves in weights.items() if "A" in leaves}
+        found = from_tensors(tensors, saved_names(fields))
+        findings = found.findings + weight_findings(found.weights, found.modules, found.kinds)
+        ranks = {} if findings else file_ranks(fields, found.weights, found.kinds)
         reading = read_config(
-            fields, ranks, stored_float32=_stored_float32(weights), allow_unknown=allow_unknown, source=CONFIG
-        )
+            fields, ranks, found, stored_float32=_stored_float32(found.weights), allow_unknown=allow_unknown,
+            source=CONFIG,
+        )  # fmt: skip
         if not reading.findings:
-            findings += _bias_findings(reading.config, weights)
+            findings += _bias_findings(reading.config, found.weights)
         raise_findings(AdapterError, f"{directory} cannot be used", [*reading.findings, *shorten(findings)])
         manifest = read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
         base, exact = manifest.pop("base", None), manifest.pop("config", None)
         adapter = cls(
             config=reading.config,
-            weights=weights,
+            weights=found.weights,
             base=_base(reading, base, directory),
             task_type=reading.task_type,
+            modules=found.modules,
+            kinds=found.kinds,
             foreign=reading.foreign,
             manifest=manifest,
         )
@@ -145,33 +153,57 @@ class Adapter:
             AdapterError: tensors that do not fit together or are not finite, extras that are not JSON, a directory
                 with other things in it, a full disk; what was there before is then untouched.
         """
-        findings = weight_findings(self.weights, lambda p, leaf: f"{p}.{leaf}") + _bias_findings(
-            self.config, self.weights
-        )
+        plain = self._plain()
+        findings = weight_findings(plain.weights, plain.modules) + _bias_findings(self.config, self.weights)
         findings += [
             f'manifest has the key "{key}", which save writes itself' for key in RESERVED if key in self.manifest
         ]
         raise_findings(AdapterError, f"the adapter for {Path(path)} cannot be saved", shorten(findings))
-        files = self._texts(card)
+        files = plain._texts(card, self.config)
 
         def build(draft: Path) -> None:
             for name, text in files.items():
                 write_bytes(draft / name, text.encode())
-            write_tensors(draft / WEIGHTS, to_tensors(self.weights))
+            write_tensors(draft / WEIGHTS, to_tensors(plain.weights, plain.modules, plain.kinds))
 
         replace_directory(Path(path), build, objection=must_not_replace)
 
-    def _texts(self, card: str | None) -> dict[str, str]:
+    def _plain(self) -> Adapter:
+        """The same adapter with one ordinary pair on each sliced layer: zeros outside its blocks, ranks added up."""
+        wanted = {path: parts for path in self.paths if (parts := slices_of(self.config, path)) is not None}
+        if not wanted:
+            return self
+        weights, ranks, alphas = dict(self.weights), {}, {}
+        for path, parts in wanted.items():
+            leaves = self.weights[path]
+            out, each, count = out_of(parts, leaves["B"].shape[0]), leaves["B"].shape[1], enabled(parts)
+            weights[path] = {**leaves, "B": spread(leaves["B"], blocks(parts, out), out)}
+            ranks[f"re:{re.escape(path)}"] = each * count
+            # the scale stays the same: s(alpha', count · rank) = s(alpha, rank)
+            alphas[f"re:{re.escape(path)}"] = alpha_of(self.config, path) * RULES[self.config.method.scaling](1.0, each) \
+                / RULES[self.config.method.scaling](1.0, each * count)  # fmt: skip
+        config = self.config.model_copy(
+            update={
+                "slices": {},
+                "rank_pattern": {**ranks, **self.config.rank_pattern},
+                "alpha_pattern": {**alphas, **self.config.alpha_pattern},
+            }
+        )
+        return replace(self, config=config, weights=weights)
+
+    def _texts(self, card: str | None, exact: AdapterConfig) -> dict[str, str]:
         fields = self._fields()
+        held = Sorted(dict(self.weights), dict(self.modules), dict(self.kinds))  # type: ignore[arg-type]
         again = read_config(
-            fields, self.ranks, stored_float32=_stored_float32(self.weights), allow_unknown=tuple(self.foreign)
+            fields, self.ranks, held, stored_float32=_stored_float32(self.weights), allow_unknown=tuple(self.foreign)
         )
         raise_findings(AdapterError, "the adapter cannot be saved", again.findings)
         extras: dict[str, Any] = dict(self.manifest)
         if self.base and (self.base.source or self.base.sha256 or self.base.licence):
             extras["base"] = asdict(self.base)
-        if again.config != self.config and all(rank_of(self.config, p) == rank for p, rank in self.ranks.items()):
-            extras["config"] = self.config.model_dump(mode="json")
+        agrees = all(rank_of(self.config, path) == rank for path, rank in self.ranks.items())
+        if again.config != exact and agrees:
+            extras["config"] = exact.model_dump(mode="json")
         try:
             # Parsing again refuses what Python would write but no strict reader accepts.
             files = {CONFIG: json_text(fields)} | ({MANIFEST: json_text(extras)} if extras else {})
@@ -188,6 +220,7 @@ class Adapter:
         return write_config(
             self.config,
             self.ranks,
+            Sorted(dict(self.weights), dict(self.modules), dict(self.kinds)),  # type: ignore[arg-type]
             task_type=self.task_type,
             base_name=self.base.name if self.base else None,
             foreign=self.foreign,
@@ -198,13 +231,27 @@ class Adapter:
         if stored is None:
             return self
         try:
-            exact = Adapter(
-                validate(AdapterConfig, stored, str(directory / MANIFEST)), self.weights, self.base, self.task_type,
-                self.foreign, self.manifest,
-            )  # fmt: skip
+            config = validate(AdapterConfig, stored, str(directory / MANIFEST))
+            exact = replace(self, config=config)._compact()
         except ConfigError as error:
             raise AdapterError(f'{error} Delete "config" there to use {CONFIG} alone.') from error
-        return exact if exact._fields() == dict(fields) else self
+        return exact if exact is not None and exact._plain()._fields() == dict(fields) else self
+
+    def _compact(self) -> Adapter | None:
+        """Undo `_plain` as the configuration says; None where the tensors are not of that form."""
+        weights = dict(self.weights)
+        for path in self.paths:
+            parts = slices_of(self.config, path)
+            if parts is not None:
+                B = weights[path]["B"]
+                try:
+                    small = compact(B, blocks(parts, B.shape[0]))
+                except AdapterError:
+                    return None
+                if small is None:
+                    return None
+                weights[path] = {**weights[path], "B": small}
+        return replace(self, weights=weights)
 
     def _pair(self, path: str) -> Mapping[str, Tensor]:
         leaves = self.weights.get(path, {})
@@ -216,67 +263,10 @@ class Adapter:
         return leaves
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        for path, leaves in self.weights.items():
+        for path, leaves in [*self.weights.items(), *self.modules.items()]:
             for leaf, tensor in leaves.items():
-                yield path, leaf, tensor
-
-
-def weight_findings(weights: Mapping[str, Mapping[str, Tensor]], name: Callable[[str, str], str]) -> list[str]:
-    """List what is wrong with an adapter's tensors: halves missing, shapes, types, values that are not finite.
-
-    Args:
-        name: how to call the tensor of a module path and leaf in the findings.
-    """
-    findings = []
-    if not any("A" in leaves or "B" in leaves for leaves in weights.values()):
-        findings.append("there is no pair of lora_A and lora_B at all; an adapter needs at least one")
-    for path in sorted(weights, key=path_order):
-        leaves = weights[path]
-        unknown = set(leaves) - {"A", "B", "bias"}
-        findings += [f"{path} has a tensor {leaf!r}; known: A, B, bias" for leaf in sorted(unknown)]
-        for leaf in ("A", "B"):
-            other = "B" if leaf == "A" else "A"
-            if leaf in leaves and other not in leaves:
-                findings.append(f"{name(path, leaf)} has no partner {name(path, other)}")
-        bad = [
-            wrong
-            for leaf in leaves
-            if leaf not in unknown
-            for wrong in _tensor_findings(name(path, leaf), leaf, leaves)
-        ]
-        findings += bad or _shape_findings(path, leaves, name)
-    return findings
-
-
-def _tensor_findings(name: str, leaf: str, leaves: Mapping[str, Tensor]) -> Iterator[str]:
-    tensor, wanted = leaves[leaf], 1 if leaf == "bias" else 2
-    if tensor.ndim != wanted:
-        what = " (a convolution's pair; not supported yet)" if tensor.ndim > 2 else ""
-        yield f"{name} has shape {list(tensor.shape)}; expected {wanted} dimensions{what}"
-    elif not tensor.numel():
-        yield f"{name} is empty (shape {list(tensor.shape)}); it was probably saved from a sharded model"
-    elif tensor.dtype not in FLOATS:
-        yield f"{name} has type {tensor.dtype}; allowed: {', '.join(str(t).removeprefix('torch.') for t in FLOATS)}"
-    elif not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        yield f"{name} has {bad} of {tensor.numel()} values that are NaN or infinite; go back to an earlier checkpoint"
-
-
-def _shape_findings(path: str, leaves: Mapping[str, Tensor], name: Callable[[str, str], str]) -> list[str]:
-    if "A" not in leaves or "B" not in leaves:
-        return []
-    A, B = leaves["A"], leaves["B"]
-    findings = []
-    if A.shape[0] != B.shape[1]:
-        findings.append(
-            f"{name(path, 'A')} {list(A.shape)} and {name(path, 'B')} {list(B.shape)} have ranks {A.shape[0]} and "
-            f"{B.shape[1]}; expected [rank, in] and [out, rank]"
-        )
-    if "bias" in leaves and leaves["bias"].shape[0] != B.shape[0]:
-        findings.append(
-            f"{name(path, 'bias')} has {leaves['bias'].shape[0]} values; the layer has {B.shape[0]} outputs"
-        )
-    return findings
+                if leaf != BASE:
+                    yield path, leaf, tensor
 
 
 def _bias_findings(config: AdapterConfig, weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
@@ -294,8 +284,8 @@ def _bias_findings(config: AdapterConfig, weights: Mapping[str, Mapping[str, Ten
 
 
 def _stored_float32(weights: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    pairs = [leaves["A"].dtype for leaves in weights.values() if "A" in leaves]
-    return not pairs or torch.float32 in pairs
+    stored = [leaves[leaf].dtype for leaves in weights.values() for leaf in ("A", "rows") if leaf in leaves]
+    return not stored or torch.float32 in stored
 
 
 def _base(reading: Reading, stored: Any, directory: Path) -> BaseRecord | None:

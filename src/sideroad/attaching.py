@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from sideroad.adapter import Adapter
 from sideroad.config import AdapterConfig
@@ -14,7 +13,9 @@ from sideroad.fitting import fit
 from sideroad.handle import Attached
 from sideroad.hold import HANDLE
 from sideroad.init import draw_seed, start_tensors
-from sideroad.targets import Survey, bias_paths, resolve
+from sideroad.joining import Placed, find_row_ties, start_rows, state_without_adapters
+from sideroad.survey import Survey
+from sideroad.targets import resolve
 
 __all__ = ["Attached", "attach", "attached"]
 
@@ -38,6 +39,7 @@ def attach(
     The layers keep class, weight, names and kernel; parameters appear as `q_proj.lora.<name>.A`. The first adapter
     acts at once; later ones wait for `activate`. Attach before `torch.compile`. A layer whose weight the model uses
     without calling the layer (Mamba's dt_proj) adds nothing unmerged; training refuses it, having no gradient.
+    (The projections of `nn.MultiheadAttention` are such layers too, but their owner reads the changed weights.)
 
     Args:
         model: changed in place; may be on the meta device.
@@ -58,25 +60,41 @@ def attach(
     model = handle.model
     handle.refuse_name(name)
     if isinstance(adapter_or_config, Adapter):
-        tensors: Mapping[str, Mapping[str, Tensor]] = fit(Survey(model), adapter_or_config, name)
-        description = replace(adapter_or_config, weights={})
+        placed = _place(handle, adapter_or_config, name)
+        description = replace(adapter_or_config, weights={}, modules={})
     else:
-        tensors = _start(model, adapter_or_config, seed)
+        placed = _start(handle.survey(fresh=True), adapter_or_config, seed)
         description = Adapter(config=adapter_or_config, weights={}, base=None)
-    targets = [path for path, parts in tensors.items() if parts.keys() - {"bias"}]
     wanted = not isinstance(adapter_or_config, Adapter) if trainable is None else trainable
-    handle.put(name, description, targets, tensors, wanted)
+    handle.put(name, description, placed, wanted)
     return handle
 
 
-def _start(model: nn.Module, config: AdapterConfig, seed: int | None) -> dict[str, dict[str, Tensor]]:
+def _place(handle: Attached, value: Adapter, name: str) -> Placed:
+    """Fit a value's tensors onto the model as it was last read; read it again if they do not fit, or if it changed."""
+    try:
+        placed = fit(handle.survey(), value, name)
+        known = handle.survey().modules
+        if all(handle.model.get_submodule(path) is known[path] for path in placed.paths):
+            return placed
+    except (AdapterError, AttributeError):
+        pass
+    return fit(handle.survey(fresh=True), value, name)
+
+
+def _start(survey: Survey, config: AdapterConfig, seed: int | None) -> Placed:
     """Resolve a configuration and draw the tensors of a new adapter, in model order."""
-    targets = resolve(model, config)
-    biased = set(bias_paths(model, config, targets))
-    modules = Survey(model).modules
+    targets = resolve(survey, config)
+    biased, rows, whole = set(survey.biases(config, targets)), survey.rows(config, []), survey.whole(config, [])
     chosen = draw_seed() if seed is None else seed
-    return {
+    tensors = {
         path: start_tensors(targets.get(path), config.method.init, chosen, module, bias=path in biased)
-        for path, module in modules.items()
+        for path, module in survey.modules.items()
         if path in targets or path in biased
     }
+    tensors |= {path: start_rows(survey.modules[path], ids) for path, ids in rows.items()}
+    return Placed(
+        {path: tensors[path] for path in survey.modules if path in tensors},
+        {path: state_without_adapters(survey.modules[path]) for path in whole},
+        find_row_ties(survey, rows),
+    )

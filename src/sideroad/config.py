@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sideroad.errors import ConfigError, did_you_mean, raise_findings
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "random"]
 Bias = Literal["none", "adapted", "all"]
 AdapterDtype = Literal["float32", "base"]
+Slice = bool | tuple[Annotated[int, Field(ge=1)], bool]
+"""One part of a fused layer's output: whether it has a pair, or [width, whether]."""
 
 
 class Settings(BaseModel):
@@ -35,7 +37,8 @@ class LoraMethod(Settings):
     scaling: Scaling = "alpha/r"
     """`alpha/r` (LoRA) or `alpha/sqrt(r)` (rsLoRA, arXiv:2312.03732)."""
     init: Init = "kaiming"
-    """A's distribution at the start; B is zero. `kaiming`: U(±1/sqrt(in)); `gaussian`: N(0, 1/r)."""
+    """A's distribution at the start; B is zero. `kaiming`: U(±1/sqrt(in)); `gaussian`: N(0, 1/r). On embeddings A is
+    zero and B is N(0, 1). `random`: both factors, so that a new adapter changes the model; for tests."""
 
 
 Method = LoraMethod
@@ -50,7 +53,8 @@ class AdapterConfig(Settings):
     """
 
     targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the output head), or one or more patterns."""
+    """`all-linear` (every linear layer but the output head), or one or more patterns. Patterns may also name embeddings,
+    convolutions and attention; none at all where only `modules_to_save` or `trainable_tokens` are trained."""
     exclude: tuple[str, ...] = ()
     """Patterns of layers to leave alone."""
     layers: str | tuple[int, ...] | None = None
@@ -63,12 +67,21 @@ class AdapterConfig(Settings):
     """Pattern → rank where it differs from the method's; the first match counts."""
     alpha_pattern: Mapping[str, Annotated[float, Field(gt=0)]] = {}
     """Pattern → alpha where it differs from the method's; the first match counts."""
+    slices: Mapping[str, tuple[Slice, ...]] = {}
+    """Pattern of fused linear layers → which parts of their output have a pair of their own, of `rank` each: `[true,
+    false, true]` for q and v of a fused qkv, `[[64, true], [16, false], [16, true]]` where the parts differ in width."""
+    modules_to_save: tuple[str, ...] = ()
+    """Patterns of modules of which a copy is trained whole, such as a new classifier."""
+    trainable_tokens: Mapping[str, tuple[Annotated[int, Field(ge=0)], ...]] = {}
+    """Pattern of an embedding (or an output head that is not tied to one) → token ids whose rows are trained."""
+    allow_unmatched: bool = False
+    """Pass over patterns that match nothing instead of refusing them."""
     bias: Bias = "none"
     """Bias vectors to train beside the pairs: none, those of adapted layers, or all of the model's."""
     dtype: AdapterDtype = "float32"
     """Storage type of the adapter's weights; products run in the base's type."""
 
-    @field_validator("targets", "exclude")
+    @field_validator("targets", "exclude", "modules_to_save")
     @classmethod
     def _reject_empty(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for pattern in (value,) if isinstance(value, str) else value:
@@ -76,12 +89,29 @@ class AdapterConfig(Settings):
                 raise ValueError("a pattern is empty; give a name, a glob or re:…")
         return value
 
-    @field_validator("targets")
+    @field_validator("slices")
     @classmethod
-    def _require_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not value:
-            raise ValueError('no target given; use "all-linear" or name layers')
+    def _require_slices(cls, value: Mapping[str, tuple[Slice, ...]]) -> Mapping[str, tuple[Slice, ...]]:
+        for pattern, parts in value.items():
+            if len({isinstance(part, bool) for part in parts}) != 1:
+                raise ValueError(f"{pattern}: give true/false for equal parts, or [width, true/false] for every part")
+            if not any(part if isinstance(part, bool) else part[1] for part in parts):
+                raise ValueError(f"{pattern}: no part has a pair; set at least one to true")
         return value
+
+    @field_validator("trainable_tokens")
+    @classmethod
+    def _require_tokens(cls, value: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        for pattern, ids in value.items():
+            if not ids or len(set(ids)) != len(ids):
+                raise ValueError(f"{pattern}: give at least one token id, and none twice")
+        return value
+
+    @model_validator(mode="after")
+    def _require_target(self) -> AdapterConfig:
+        if not (self.targets or self.modules_to_save or self.trainable_tokens):
+            raise ValueError('no target given; use "all-linear" or name layers')
+        return self
 
 
 S = TypeVar("S", bound=Settings)

@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from sideroad.adapter import Adapter
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError, did_you_mean, raise_findings
-from sideroad.methods import PARTS
+from sideroad.joining import Placed, find_row_ties, state_without_adapters
+from sideroad.kinds import ALLOWED
+from sideroad.kinds.convolution import CLASSES
+from sideroad.methods import PARTS, ROWS, tokens_of
+from sideroad.pairs import pair_shapes
 from sideroad.route import deltas_of
-from sideroad.targets import Survey
-from sideroad.weights import has_trainable_bias, layer_shape
+from sideroad.survey import Survey
+from sideroad.weights import has_trainable_bias
 
 Layout = Mapping[str, Mapping[str, tuple[int, ...]]]
 """Module path → tensor name → shape."""
@@ -23,7 +27,7 @@ def layout_of(weights: Mapping[str, Mapping[str, Tensor]]) -> Layout:
     return {path: {part: tuple(tensor.shape) for part, tensor in parts.items()} for path, parts in weights.items()}
 
 
-def fit(survey: Survey, value: Adapter, name: str) -> dict[str, Mapping[str, Tensor]]:
+def fit(survey: Survey, value: Adapter, name: str) -> Placed:
     """Return the adapter's tensors by the model's own paths (aliases of shared modules become their first path).
 
     Raises:
@@ -33,24 +37,34 @@ def fit(survey: Survey, value: Adapter, name: str) -> dict[str, Mapping[str, Ten
     """
     problems: dict[tuple[str, str], list[str]] = {}
     placed: dict[str, Mapping[str, Tensor]] = {}
-    for path, parts in value.weights.items():
-        found = _module_problems(survey, value.config, path, {part: tuple(t.shape) for part, t in parts.items()})
+    modules: dict[str, Mapping[str, Tensor]] = {}
+    layout = layout_of(value.weights)
+    for path, parts in [*value.weights.items(), *value.modules.items()]:
+        whole = path in value.modules
+        found = (
+            _whole_problems(survey, path, layout_of(value.modules)[path])
+            if whole
+            else _module_problems(survey, value.config, path, layout[path])
+        )
         for problem in found:
             problems.setdefault((path.rpartition(".")[2], problem), []).append(path)
         canonical = survey.canonical.get(path, path)
-        if canonical in placed:
+        if canonical in placed or canonical in modules:
             problems.setdefault((path, "is the same module as another path of this adapter"), []).append(path)
-        placed[canonical] = parts
+        (modules if whole else placed)[canonical] = parts
     for path in survey.select(value.config, []):
         if path not in placed:
             key = (path.rpartition(".")[2], f"has no tensors, but targets {_shown(value.config)} mean it")
             problems.setdefault(key, []).append(path)
     findings = [_told(paths, problem) for (_, problem), paths in problems.items()]
-    if not value.weights:
+    if not (value.weights or value.modules):
         findings.append("it has no tensors at all.")
     _raise(survey, value, name, findings)
     order = {path: index for index, path in enumerate(survey.modules)}
-    return dict(sorted(placed.items(), key=lambda item: order[item[0]]))
+    return Placed(
+        *(dict(sorted(found.items(), key=lambda item: order[item[0]])) for found in (placed, modules)),
+        find_row_ties(survey, [path for path, parts in placed.items() if ROWS in parts]),
+    )
 
 
 def compare_layouts(survey: Survey, value: Adapter, name: str, present: Layout) -> dict[str, Mapping[str, Tensor]]:
@@ -59,7 +73,7 @@ def compare_layouts(survey: Survey, value: Adapter, name: str, present: Layout) 
     Raises:
         AdapterError: every tensor that is missing, unknown or of another shape.
     """
-    placed = {survey.canonical.get(path, path): parts for path, parts in value.weights.items()}
+    placed = {survey.canonical.get(path, path): parts for path, parts in (value.weights | value.modules).items()}
     given = layout_of(placed)
     findings = []
     for path in dict.fromkeys([*present, *given]):
@@ -101,6 +115,9 @@ def _module_problems(
         nearest = did_you_mean(path, survey.adaptable)
         yield f"does not exist in the model.{nearest}" if nearest else "does not exist in the model"
         return
+    if ROWS in parts:
+        yield from _row_problems(survey, config, path, parts)
+        return
     needed = PARTS[config.method.kind]
     pair = [part for part in parts if part in needed]
     unknown = [part for part in parts if part not in needed and part != "bias"]
@@ -111,19 +128,62 @@ def _module_problems(
     if not parts:
         yield "has no tensors"
     if pair and survey.canonical[path] not in survey.adaptable:
-        yield f"is a {type(module).__name__}, which cannot be adapted; allowed: nn.Linear and Conv1D"
+        yield f"is a {type(module).__name__}, which cannot be adapted; allowed: {ALLOWED}"
     elif len(pair) == len(needed):
-        yield from _shape_problems(module, parts)
+        yield from _shape_problems(config, path, module, parts)
     if "bias" in parts:
         yield from _bias_problems(module, parts["bias"])
 
 
-def _shape_problems(layer: nn.Module, parts: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
-    out_features, in_features = layer_shape(layer)
-    rank = (*parts["A"], 0)[0]
-    for part, needed in (("A", (rank, in_features)), ("B", (out_features, rank))):
-        if parts[part] != needed or rank < 1:
-            yield f"has {part} of shape {list(parts[part])}; the layer needs {list(needed)} for rank {max(rank, 1)}"
+def _shape_problems(
+    config: AdapterConfig, path: str, layer: nn.Module, parts: Mapping[str, tuple[int, ...]]
+) -> Iterable[str]:
+    rank = max((*parts["B"], 0, 0)[1], 1)
+    try:
+        needed = pair_shapes(config, path, layer, rank)
+    except AdapterError as error:
+        yield f"has slices that do not fit: {error}"
+        return
+    if isinstance(layer, CLASSES) and layer.groups > 1 and parts["A"][1:2] == (layer.in_channels,):
+        needed = (rank * layer.groups, layer.in_channels, *layer.kernel_size), needed[1]
+    for part, shape in zip("AB", needed, strict=True):
+        if parts[part] != shape:
+            yield f"has {part} of shape {list(parts[part])}; the layer needs {list(shape)} for rank {rank}"
+
+
+def _row_problems(
+    survey: Survey, config: AdapterConfig, path: str, parts: Mapping[str, tuple[int, ...]]
+) -> Iterable[str]:
+    if len(parts) > 1:
+        yield f"has trained rows and also {', '.join(part for part in parts if part != ROWS)}"
+    ids = tokens_of(config, path)
+    findings: list[str] = []
+    found = survey.rows(config, findings)
+    yield from (finding.rstrip(".") for finding in findings)
+    if not findings and survey.canonical[path] not in found:
+        yield "has trained rows, but trainable_tokens name no ids for it"
+    elif not findings:
+        needed = (len(ids), survey.modules[path].get_parameter("weight").shape[1])
+        if parts[ROWS] != needed:
+            yield f"has rows of shape {list(parts[ROWS])}; needed {list(needed)} for its {len(ids)} token ids"
+
+
+def _whole_problems(survey: Survey, path: str, parts: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
+    """Sentences about a module trained whole: its state must be exactly the module's."""
+    module = survey.modules.get(path)
+    if module is None:
+        yield f"does not exist in the model.{did_you_mean(path, survey.modules)}"
+        return
+    own = {name: tuple(tensor.shape) for name, tensor in state_without_adapters(module).items()}
+    for part in dict.fromkeys([*own, *parts]):
+        if part not in parts:
+            yield f"lacks {part} of the {type(module).__name__} that it replaces"
+        elif part not in own:
+            yield f"has {part}, which a {type(module).__name__} of the model lacks"
+        elif own[part] != parts[part]:
+            grown = isinstance(module, nn.Embedding) or path in survey.heads
+            hint = f"; call resize_token_embeddings({parts[part][0]}) first" if grown else ""
+            yield f"has {part} of shape {list(parts[part])}; the model has {list(own[part])}{hint}"
 
 
 def _bias_problems(module: nn.Module, shape: tuple[int, ...]) -> Iterable[str]:

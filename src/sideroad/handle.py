@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sideroad.adapter import Adapter
 from sideroad.errors import AdapterError, MergeError
 from sideroad.fitting import compare_layouts, layout_of, refuse_occupied
 from sideroad.hold import let_go, take_hold
 from sideroad.interrupts import uninterrupted
+from sideroad.joining import Placed, join, make_deltas, part, state_of
 from sideroad.merging import Merged, base_instead, merge_into, restore
-from sideroad.methods import make_delta, parts_of, tune_delta
+from sideroad.methods import parameters_of, tune_delta
 from sideroad.roster import Entry, Roster
-from sideroad.route import Names, Route, by_key, close_layer, deltas_of, escape, find_delta, open_layer, unescape
+from sideroad.route import Names, Route, by_key, escape, find_delta, unescape
 from sideroad.rows import Plan
-from sideroad.targets import Survey, named_exactly
+from sideroad.survey import Survey
+from sideroad.targets import named_exactly
 
 
 class Attached:
@@ -41,6 +44,11 @@ class Attached:
         self._roster = Roster()
         self._flags: dict[str, bool] = {}
         self._merged: Merged | None = None
+        self._survey: Survey | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads its own model."""
+        return {**self.__dict__, "_survey": None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,19 +87,19 @@ class Attached:
         return self._roster.find(name).paths
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return an adapter's live parameters by `<module path>.A`, `.B` and `.bias`."""
+        """Return an adapter's live parameters by `<module path>.A`, `.B`, `.bias`, `.rows` or a saved module's own names."""
         deltas = ((path, find_delta(self.model, path, name)) for path in self._roster.find(name).paths)
-        return {f"{path}.{part}": parameter for path, delta in deltas for part, parameter in delta.named_parameters()}
+        return {f"{path}.{part}": one for path, delta in deltas for part, one in parameters_of(delta).items()}
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as a value: CPU copies of its tensors, its targets as the shortest list of names."""
         entry = self._roster.find(name)
-        config = named_exactly(self.model, entry.description.config, entry.targets)
-        live = {path: parts_of(find_delta(self.model, path, name)) for path in entry.paths}
-        weights = {
-            path: {part: one.to("cpu", copy=True) for part, one in parts.items()} for path, parts in live.items()
-        }
-        return replace(entry.description, config=config, weights=weights)
+        config = named_exactly(self.survey(), entry.description.config, entry.targets)
+        weights, modules = (
+            {path: {part: one.to("cpu", copy=True) for part, one in parts.items()} for path, parts in live.items()}
+            for live in (state_of(self.model, paths, name) for paths in (entry.layers, entry.modules))
+        )
+        return replace(entry.description, config=config, weights=weights, modules=modules)
 
     def load(self, name: str, value: Adapter) -> None:
         """Overwrite an attached adapter's tensors, scale and dropout in place; `requires_grad` stays as it is.
@@ -103,15 +111,14 @@ class Attached:
         entry = self._roster.find(name)
         if name in self.merged_names:
             raise MergeError(f'adapter "{name}" is merged; unmerge() before loading into it.')
-        present = layout_of({path: parts_of(find_delta(self.model, path, name)) for path in entry.paths})
-        placed = compare_layouts(Survey(self.model), value, name, present)
-        for path in entry.paths:
-            delta = find_delta(self.model, path, name)
-            with torch.no_grad():
-                for part, parameter in delta.named_parameters():
-                    parameter.copy_(placed[path][part])
-            tune_delta(delta, value.config, path)
-        self._roster.entries[name] = replace(entry, description=replace(value, weights={}))
+        present = state_of(self.model, entry.paths, name)
+        placed = compare_layouts(self.survey(), value, name, layout_of(present))
+        with torch.no_grad():
+            for path, parts in present.items():
+                for part, tensor in parts.items():
+                    tensor.copy_(placed[path][part])
+                tune_delta(find_delta(self.model, path, name), value.config, path, self.model.get_submodule(path))
+        self._roster.entries[name] = replace(entry, description=replace(value, weights={}, modules={}))
 
     def set_trainable(self, names: str | Sequence[str]) -> None:
         """Make exactly these adapters require gradients; an empty sequence freezes them all."""
@@ -250,51 +257,43 @@ class Attached:
             for one in names:
                 self._remove(one)
 
-    def put(
-        self,
-        name: str,
-        description: Adapter,
-        targets: Sequence[str],
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        trainable: bool,
-    ) -> None:
+    def put(self, name: str, description: Adapter, placed: Placed, trainable: bool) -> None:
         """Add an adapter whose tensors are known to fit; `attach` checks that they do, and calls this.
 
         Args:
             description: the adapter without its tensors.
-            targets: paths that have a pair; the others have a bias only.
-            tensors: module path -> tensors, in model order.
         Raises:
             AdapterError: the name is empty or taken, or a layer has a `lora` of its own; nothing is changed then.
         """
         self.refuse_name(name)
-        layers = {path: self.model.get_submodule(path) for path in tensors}
-        refuse_occupied(layers, self._route)
-        config = description.config
-        deltas = {path: make_delta(config, path, layer, tensors[path]) for path, layer in layers.items()}
+        entry = Entry(description, placed.targets, tuple(placed.tensors), tuple(placed.modules), tuple(placed.ties))
+        refuse_occupied({path: self.model.get_submodule(path) for path in entry.places}, self._route)
+        deltas = make_deltas(self.model, description.config, placed)
         with uninterrupted():
             if not self._roster.entries:
                 self._flags = take_hold(self.model, self)
-            for path, layer in layers.items():
-                open_layer(layer, self._route).put(escape(name), deltas[path].requires_grad_(trainable))
-            self._roster.entries[name] = Entry(description, tuple(targets), tuple(layers))
+            join(self.model, self._route, escape(name), deltas, trainable)
+            self._roster.entries[name] = entry
             if len(self._roster.entries) == 1:
                 self._route.switch({name: 1.0})
+
+    def survey(self, *, fresh: bool = False) -> Survey:
+        """Return what the model consists of; read once and kept, so that later adapters do not walk the model.
+
+        Args:
+            fresh: read it again; the model may have got other layers since.
+        """
+        if self._survey is None or fresh:
+            self._survey = Survey(self.model)
+        return self._survey
 
     def refuse_name(self, name: str) -> None:
         """Raise AdapterError if no adapter can get this name: it is empty, or taken."""
         self._roster.refuse_new(name)
 
     def _remove(self, name: str) -> None:
-        key = escape(name)
-        for path in self._roster.entries.pop(name).paths:
-            layer = self.model.get_submodule(path)
-            deltas = deltas_of(layer)
-            if deltas is not None:
-                deltas._modules.pop(key, None)
-                if not deltas._modules:
-                    close_layer(layer)
-        self._route.drop(key)
+        part(self.model, escape(name), self._roster.entries.pop(name).places)
+        self._route.drop(escape(name))
         if not self._roster.entries:
             let_go(self.model, self._flags)
 
@@ -316,7 +315,7 @@ class Attached:
             raise AdapterError(f"no adapter is active, so there is nothing to merge; name one of: {listed}.")
         pairs: dict[str, list[tuple[nn.Module, float]]] = {}
         for key, weight in weights.items():
-            for path in self._roster.entries[unescape(key)].paths:
+            for path in self._roster.entries[unescape(key)].places:
                 pairs.setdefault(path, []).append((find_delta(self.model, path, unescape(key)), weight))
         with uninterrupted():
             kept, untied = merge_into(self.model, pairs, keep_base=keep_base)

@@ -15,14 +15,19 @@ from sideroad.errors import MergeError
 from sideroad.interrupts import uninterrupted
 from sideroad.lowrank import LowRank
 from sideroad.methods import Delta
+from sideroad.methods.replaced import Replaced
+from sideroad.methods.rows import RowsDelta, TiedRows
 from sideroad.ties import Untied, find_ties, retie, untie
-from sideroad.weights import read_dense, stored_form, weight_of
+from sideroad.weights import read_dense, require_kind, weight_of
 
-Parts = Mapping[str, Sequence[tuple[nn.Module, float]]]
-"""Module path → the (delta, weight) pairs that are merged into that module."""
+Pairs = Sequence[tuple[nn.Module, float]]
+"""The deltas of one module, each with its weight."""
+
+Parts = Mapping[str, Pairs]
+"""Module path → the deltas that are merged into that module."""
 
 Kept = dict[str, dict[str, Tensor]]
-"""Module path → parameter name → CPU copy."""
+"""Module path → tensor name (dotted, below the module) → CPU copy."""
 
 
 @dataclass
@@ -53,11 +58,16 @@ def merge_into(model: nn.Module, parts: Parts, *, keep_base: bool) -> tuple[Kept
         MergeError: memory shared with another layer, weights without data, or a result that is not finite.
     """
     layers = {path: model.get_submodule(path) for path in parts}
-    names = {path: changed_parameters(pairs) for path, pairs in parts.items()}
-    empty = [path for path, layer in layers.items() if any(layer.get_parameter(name).is_meta for name in names[path])]
+    names = {path: changed_tensors(layers[path], pairs) for path, pairs in parts.items()}
+    empty = [path for path, layer in layers.items() if any(tensor_of(layer, name).is_meta for name in names[path])]
     if empty:
         raise MergeError(f"{empty[0]} is on the meta device: there is no weight to merge into; load the model first.")
-    ties = find_ties(model, [(path, name) for path, found in names.items() for name in found])
+    shared = _row_sharers(layers, parts)
+    written = [place(path, name) for path, found in names.items() if path not in shared for name in found]
+    ties = find_ties(model, written, [place(path, "weight") for path in shared])
+    # what only follows a tied embedding is written with it, unless the two part
+    parts = {path: pairs for path, pairs in parts.items() if not _follows(path, pairs, layers, ties)}
+    layers = {path: layers[path] for path in parts}
     _refuse_non_finite(layers, parts)
     kept = {path: copy_parameters(layer, names[path]) for path, layer in layers.items()} if keep_base else None
     untied = untie(model, ties)
@@ -101,26 +111,31 @@ def restore(model: nn.Module, kept: Mapping[str, Mapping[str, Tensor]], untied: 
     """Write kept bytes back and tie again what was tied."""
     retie(model, untied)
     for path, parameters in kept.items():
-        # a weight that is tied again holds the base's bytes already: the embedding never changed
-        own = {name: value for name, value in parameters.items() if name != "weight" or path not in untied.ties}
-        write_parameters(model.get_submodule(path), own)
+        write_parameters(model.get_submodule(path), parameters)
 
 
-def changed_parameters(pairs: Sequence[tuple[nn.Module, float]]) -> tuple[str, ...]:
-    """Return which of a layer's parameters its deltas change: `weight`, `bias`, or both."""
-    parts = {part for delta, _ in pairs for part in delta._parameters if delta._parameters[part] is not None}
-    return tuple(name for name, needed in (("weight", parts - {"bias"}), ("bias", parts & {"bias"})) if needed)
+def changed_tensors(layer: nn.Module, pairs: Pairs) -> tuple[str, ...]:
+    """Return which of a module's tensors its deltas change, by dotted name."""
+    return tuple(dict.fromkeys(name for delta, _ in pairs for name in cast(Delta, delta).changed(layer)))
 
 
-def merged_parameters(layer: nn.Module, pairs: Sequence[tuple[nn.Module, float]]) -> dict[str, Tensor]:
-    """Compute a layer's merged parameters in fp32 (fp64 for an fp64 base), rounded once to how they are stored."""
+def merged_parameters(layer: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
+    """Compute a layer's merged tensors in fp32 (fp64 for an fp64 base), rounded once to how they are stored."""
     result: dict[str, Tensor] = {}
-    lowered = ((cast(Delta, delta).lower(layer), weight) for delta, weight in pairs)
+    for delta, _ in pairs:
+        if isinstance(delta, Replaced):
+            result.update({name: tensor.detach() for name, tensor in delta.tensors().items()})
+    lowered = [(cast(Delta, delta).lower(layer), weight) for delta, weight in pairs if not isinstance(delta, Replaced)]
     changes = [low.scaled(weight) for low, weight in lowered if low is not None]
-    if changes:
-        change: LowRank = reduce(LowRank.add, changes)
-        dense = read_dense(layer, torch.promote_types(weight_of(layer).dtype, torch.float32))
-        result["weight"] = stored_form(layer, change.apply_to(dense))
+    rows = [(delta, weight) for delta, weight in pairs if isinstance(delta, RowsDelta | TiedRows)]
+    if changes or rows:
+        wide = torch.promote_types(weight_of(layer).dtype, torch.float32)
+        dense = read_dense(layer, wide)
+        stored = dense if not changes else reduce(LowRank.add, changes).apply_to(dense)
+        stored = require_kind(layer).stored(layer, stored)
+        for delta, weight in rows:
+            stored = delta.write_rows(layer, stored, weight)
+        result[require_kind(layer).weight] = stored.to(weight_of(layer).dtype)
     biases = [(delta.get_parameter("bias"), w) for delta, w in pairs if delta._parameters.get("bias") is not None]
     if biases:
         base = layer.get_parameter("bias").detach()
@@ -132,16 +147,46 @@ def merged_parameters(layer: nn.Module, pairs: Sequence[tuple[nn.Module, float]]
     return result
 
 
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """Return a module's parameter or buffer by dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    found = owner._parameters.get(leaf)
+    return owner.get_buffer(leaf) if found is None else found
+
+
+def place(path: str, name: str) -> tuple[str, str]:
+    """Return (path of the module that holds a tensor itself, its name there)."""
+    whole = f"{path}.{name}" if path else name
+    owner, _, leaf = whole.rpartition(".")
+    return owner, leaf
+
+
+def _row_sharers(layers: Mapping[str, nn.Module], parts: Parts) -> set[str]:
+    """Paths whose every change is one of rows: they may share their weight with others that get the same rows."""
+    kinds = RowsDelta | TiedRows
+    return {path for path in layers if all(isinstance(delta, kinds) for delta, _ in parts[path])}
+
+
+def _follows(path: str, pairs: Pairs, layers: Mapping[str, nn.Module], ties: Mapping[str, str]) -> bool:
+    """Whether a path only repeats the rows of a layer whose very weight it holds and goes on holding."""
+    if not all(isinstance(delta, TiedRows) for delta, _ in pairs) or path in ties:
+        return False
+    weight = weight_of(layers[path])
+    holders = [one for one, layer in layers.items() if one != path and layer._parameters.get("weight") is weight]
+    return any(one not in ties for one in holders)
+
+
 def copy_parameters(layer: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return CPU copies of some of a layer's parameters."""
-    return {name: layer.get_parameter(name).detach().to("cpu", copy=True) for name in names}
+    """Return CPU copies of some of a module's tensors."""
+    return {name: tensor_of(layer, name).detach().to("cpu", copy=True) for name in names}
 
 
 def write_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Overwrite some of a layer's parameters in place."""
+    """Overwrite some of a module's tensors in place."""
     with torch.no_grad():
         for name, value in values.items():
-            layer.get_parameter(name).copy_(value)
+            tensor_of(layer, name).copy_(value)
 
 
 def swap(model: nn.Module, values: Mapping[str, Mapping[str, Tensor]]) -> Kept:

@@ -10,7 +10,8 @@ from sideroad.errors import did_you_mean
 MAPPED = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "use_rslora",
     "lora_dropout", "bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "rank_pattern", "alpha_pattern", "init_lora_weights", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying",
 })  # fmt: skip
 """Fields that have a place in an `Adapter`."""
 
@@ -25,8 +26,6 @@ HARMLESS: Mapping[str, Any] = {
 REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA, a learned magnitude per output",
     "lora_bias": "a bias inside the pair",
-    "modules_to_save": "modules trained whole",
-    "trainable_token_indices": "trained rows of the embedding",
     "target_parameters": "pairs on raw parameters such as experts",
     "layer_replication": "layers stacked several times",
     "alora_invocation_tokens": "activated LoRA, on from certain tokens only",
@@ -65,7 +64,7 @@ def sift(
     """
     kept: dict[str, Any] = {}
     findings = _type_findings(fields, source)
-    known = {*MAPPED, *HARMLESS, *REFUSED, "ensure_weight_tying"}
+    known = {*MAPPED, *HARMLESS, *REFUSED}
     for name, value in fields.items():
         if name in MAPPED:
             continue
@@ -75,14 +74,6 @@ def sift(
                     f"{source}: {name} is set ({_shown(value)}): {REFUSED[name]}. That changes what the adapter "
                     "computes and is not supported yet"
                 )
-        elif name == "ensure_weight_tying":
-            if value and name not in allow_unknown:
-                findings.append(
-                    f"{source}: ensure_weight_tying is set: adapters of a tied embedding and head are one. That is "
-                    f"not supported yet; if neither is adapted, {_allow(name)}"
-                )
-            elif value:
-                kept[name] = value
         elif name in HARMLESS:
             if value != HARMLESS[name] and value is not None:
                 kept[name] = value

@@ -13,6 +13,19 @@ from pydantic import ValidationError
 
 from sideroad.config import AdapterConfig
 from sideroad.peft_fields import init_of, sift
+from sideroad.peft_keys import OUTPUT, Sorted
+from sideroad.peft_parts import (
+    file_rank,
+    file_ranks,
+    follows_embedding,
+    module_findings,
+    our_modules,
+    our_tokens,
+    peft_path,
+    saved_names,
+    their_modules,
+    their_tokens,
+)
 from sideroad.peft_targets import (
     is_target,
     our_patterns,
@@ -23,6 +36,8 @@ from sideroad.peft_targets import (
     their_value,
 )
 from sideroad.targets import alpha_of
+
+__all__ = ["Reading", "file_rank", "file_ranks", "read_config", "saved_names", "write_config"]
 
 _BIASES = {"none": "none", "lora_only": "adapted", "all": "all"}
 
@@ -42,6 +57,7 @@ class Reading:
 def read_config(
     fields: Mapping[str, Any],
     ranks: Mapping[str, int],
+    held: Sorted | None = None,
     *,
     stored_float32: bool = True,
     allow_unknown: tuple[str, ...] = (),
@@ -52,10 +68,12 @@ def read_config(
     Args:
         fields: the file's object.
         ranks: module path → rank of its tensors; patterns are checked against them.
+        held: the tensors themselves, sorted; none where only pairs of the plain kind are there.
         stored_float32: the tensors are stored in float32.
         allow_unknown: unknown fields to keep although they are set.
         source: named in the findings.
     """
+    held = held or Sorted()
     kept, findings = sift(fields, allow_unknown, source=source)
     init, trouble = init_of(fields, kept, source)
     numbers = _Numbers(fields, source)
@@ -72,14 +90,18 @@ def read_config(
         for name, value in (("task_type", task), ("base_model_name_or_path", base))
         if not isinstance(value, str | None)
     ]
-    findings += [*trouble, *numbers.findings, *_target_findings(fields, source)]
+    tokens, wrong = our_tokens(fields, held, source)
+    findings += [*trouble, *numbers.findings, *_target_findings(fields, source), *wrong]
+    findings += module_findings(fields, held, source)
     if not findings:
-        findings += _fit_findings(fields, ranks, rank, rank_pattern, source)
+        findings += _fit_findings(fields, ranks, rank, rank_pattern, source, held)
     if findings:
         return Reading(findings=tuple(findings))
     try:
         config = AdapterConfig.model_validate({
-            **our_targets(fields, list(ranks)),
+            **our_targets(fields, list(ranks), held.kinds),
+            "modules_to_save": our_modules(fields, held),
+            "trainable_tokens": tokens,
             "method": {
                 "kind": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "init": init,
                 "scaling": "alpha/sqrt(r)" if fields.get("use_rslora") else "alpha/r",
@@ -98,6 +120,7 @@ def read_config(
 def write_config(
     config: AdapterConfig,
     ranks: Mapping[str, int],
+    held: Sorted | None = None,
     *,
     task_type: str | None,
     base_name: str | None,
@@ -107,10 +130,14 @@ def write_config(
 
     Args:
         ranks: module path → rank of its tensors. `r` and `rank_pattern` come from them, whatever `config` says.
+        held: the tensors themselves, sorted; none where only pairs of the plain kind are there.
     """
+    held = held or Sorted()
+    # PEFT has one entry for an attention with its output projection
+    ranks = {peft_path(path, held.kinds): value for path, value in ranks.items()}
     paths = list(ranks)
     rank = config.method.rank
-    if not any(value == rank for value in ranks.values()):
+    if ranks and not any(value == rank for value in ranks.values()):
         rank = Counter(ranks.values()).most_common(1)[0][0]
     method = config.method
     alphas = {path: alpha_of(config, path) for path in paths}
@@ -123,13 +150,15 @@ def write_config(
         "rank_pattern": their_patterns(config.rank_pattern, ranks, rank),
         "alpha_pattern": their_patterns(config.alpha_pattern, alphas, method.alpha),
         "init_lora_weights": "gaussian" if method.init == "gaussian" else None,
-        **their_targets(config, paths),
+        "modules_to_save": their_modules(config, held),
+        "trainable_token_indices": their_tokens(config, held),
+        **their_targets(config, paths, exact=OUTPUT in held.kinds.values()),
     }
     always = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_name, "inference_mode": True,
         "r": rank, "lora_alpha": fields["lora_alpha"], "target_modules": fields["target_modules"],
     }  # fmt: skip
-    defaults: tuple[Any, ...] = (None, False, 0.0, "none", {})
+    defaults: tuple[Any, ...] = (None, False, 0.0, "none", {}, [])
     return {**foreign, **{k: v for k, v in fields.items() if v not in defaults}, **always}
 
 
@@ -151,17 +180,23 @@ def _target_findings(fields: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _fit_findings(
-    fields: Mapping[str, Any], ranks: Mapping[str, int], rank: int, pattern: Mapping[str, int], source: str
-) -> list[str]:
+    fields: Mapping[str, Any], ranks: Mapping[str, int], rank: int, pattern: Mapping[str, int], source: str,
+    held: Sorted,
+) -> list[str]:  # fmt: skip
     findings = []
     for path, found in ranks.items():
-        said = their_value(pattern, path, rank)
+        said = their_value(pattern, peft_path(path, held.kinds), rank)
         if said != found:
             findings.append(
                 f"{path}: its tensors have rank {found} but {source} says {said} (r, rank_pattern); the scale would be "
                 "wrong. Correct the configuration or fetch the matching pair of files"
             )
-    strays = [path for path in ranks if not is_target(fields, path)]
+    strays = [
+        path
+        for path in ranks
+        if not is_target(fields, peft_path(path, held.kinds))
+        and not (fields.get("ensure_weight_tying") and follows_embedding(path, held.weights))
+    ]
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
         findings.append(

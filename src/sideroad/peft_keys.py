@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from sideroad.errors import did_you_mean
 
 ROOT = "base_model.model."
-_LEAVES = {"lora_A.weight": "A", "lora_B.weight": "B"}
+EMBEDDING = "embedding"
+"""Kind of a path whose pair PEFT names `lora_embedding_A`, `lora_embedding_B`."""
+OUTPUT = "attention-output"
+"""Kind of the output projection in `nn.MultiheadAttention`, whose pair PEFT names `<attention>.base_layer.out_proj`."""
+BASE = "base"
+"""Leaf that holds a whole weight which PEFT saved unasked: of an embedding or head, or of a layer beside its pair.
+Attaching compares it with the base: equal, it is dropped; different, it replaces the layer's or is refused."""
+
+_LEAVES = {
+    "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
+    "token_adapter.trainable_tokens_delta": "rows",
+}  # fmt: skip
+_STRAYS = (".original_module.", ".modules_to_save.bias")
+"""Marks of copies that PEFT writes beside what counts (bias "all" with modules_to_save)."""
 _REFUSED = {
     "lora_magnitude_vector": "a DoRA magnitude; DoRA is not supported yet",
-    "lora_embedding_A": "a pair on an embedding; embeddings are not supported yet",
-    "lora_embedding_B": "a pair on an embedding; embeddings are not supported yet",
     "lora_B.bias": "a bias inside the pair (lora_bias); not supported yet",
     "lora_A.bias": "a bias inside the pair; not supported",
     "lora_E": "an AdaLoRA singular value; AdaLoRA is not supported yet",
     "lora_ranknum": "an AdaLoRA rank count; AdaLoRA is not supported yet",
-    "token_adapter": "rows of new tokens (trainable_token_indices); not supported yet",
-    "trainable_tokens": "rows of new tokens (trainable_token_indices); not supported yet",
-    "modules_to_save": "a fully trained module (modules_to_save); not supported yet",
-    "base_layer.weight": (
-        "a copy of the base's own weight, which PEFT adds when a head is adapted and which would replace the base's. "
-        "Save the adapter again with save_pretrained(..., save_embedding_layers=False); or, if the base is the "
-        'published one, leave the copy out with Adapter.load(path, allow_unknown=("base_layer.weight",))'
-    ),
     "base_layer.lora_A": "a pair on a raw parameter (target_parameters); not supported yet",
     "base_layer.lora_B": "a pair on a raw parameter (target_parameters); not supported yet",
     "vera_lambda": "a VeRA vector; VeRA is not supported",
@@ -37,56 +41,88 @@ _REFUSED = {
 }
 
 
-def module_key(path: str, leaf: str, *, adapted: bool = True) -> str:
+@dataclass
+class Sorted:
+    """A file's tensors by module.
+
+    Args:
+        weights: layer path → leaf → tensor.
+        modules: path of a whole module → its state.
+        kinds: path → kind, of layers whose tensors have names of their own.
+        findings: one for each kind of name that cannot be placed.
+    """
+
+    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+
+
+def module_key(path: str, leaf: str, *, adapted: bool = True, kind: str | None = None) -> str:
     """Return the file's name of a module's tensor.
 
     Args:
-        leaf: `A`, `B` or `bias`.
+        leaf: `A`, `B`, `bias` or `rows`.
         adapted: the module has a pair. PEFT moves such a layer's own tensors below `base_layer`, also in files.
+        kind: of the layer, where its tensors have names of their own.
     """
     if leaf == "bias":
         return f"{ROOT}{path}.base_layer.bias" if adapted else f"{ROOT}{path}.bias"
+    if leaf == BASE:
+        return f"{ROOT}{path}.base_layer.weight" if adapted else f"{ROOT}{path}.weight"
+    if leaf == "rows":
+        return f"{ROOT}{path}.token_adapter.trainable_tokens_delta"
+    if kind == EMBEDDING:
+        return f"{ROOT}{path}.lora_embedding_{leaf}"
+    if kind == OUTPUT:
+        parent, _, name = path.rpartition(".")
+        path = f"{parent}.base_layer.{name}" if parent else f"base_layer.{name}"
     return f"{ROOT}{path}.lora_{leaf}.weight"
 
 
-def to_tensors(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def to_tensors(
+    weights: Mapping[str, Mapping[str, Tensor]],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    kinds: Mapping[str, str],
+) -> dict[str, Tensor]:
     """Name every tensor as PEFT's files do."""
-    return {
-        module_key(path, leaf, adapted="A" in leaves): tensor
+    named = {
+        module_key(path, leaf, adapted="A" in leaves, kind=kinds.get(path)): tensor
         for path, leaves in weights.items()
         for leaf, tensor in leaves.items()
+        if leaf != BASE or "A" not in leaves
     }
+    whole = {f"{ROOT}{path}.{name}": tensor for path, state in modules.items() for name, tensor in state.items()}
+    return named | whole
 
 
-def from_tensors(
-    tensors: Mapping[str, Tensor], *, leave_out: Collection[str] = ()
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> Sorted:
     """Sort a file's tensors by module; modules come in the order of their paths, numbers counted as numbers.
 
     Args:
-        leave_out: ends of names to pass over; only `base_layer.weight`, of an adapted layer, can be left out.
-    Returns:
-        The weights, and one finding for each kind of name that cannot be placed.
+        saved: names of `modules_to_save`; a module path that ends in one is a module trained whole.
     """
-    weights: dict[str, dict[str, Tensor]] = {}
+    found = Sorted()
     refused: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
-        copied = key.removesuffix(".base_layer.weight")
-        if "base_layer.weight" in leave_out and copied != key and f"{copied}.lora_A.weight" in tensors:
+        if any(mark in key for mark in _STRAYS):
             continue
-        placed = _place(key)
+        placed = _place(key, saved)
         if isinstance(placed, str):
             refused.setdefault(placed, []).append(key)
-        elif placed[1] in weights.setdefault(placed[0], {}):
+            continue
+        where = (found.modules if placed.whole else found.weights).setdefault(placed.path, {})
+        if placed.leaf in where:
             refused.setdefault("a second tensor for the same place", []).append(key)
-        else:
-            weights[placed[0]][placed[1]] = tensor
-    ordered = {
-        path: {leaf: weights[path][leaf] for leaf in sorted(weights[path])}
-        for path in sorted(weights, key=path_order)
-        if weights[path]
-    }
-    return ordered, [f"{_some(keys)}: {what}" for what, keys in refused.items()]
+        where[placed.leaf] = tensor
+        if placed.kind:
+            found.kinds[placed.path] = placed.kind
+    found.findings = [f"{_some(keys)}: {what}" for what, keys in refused.items()]
+    found.weights, found.modules = (
+        {path: {leaf: state[path][leaf] for leaf in sorted(state[path])} for path in sorted(state, key=path_order)}
+        for state in (found.weights, found.modules)
+    )
+    return found
 
 
 def path_order(path: str) -> list[tuple[int, int, str]]:
@@ -94,17 +130,32 @@ def path_order(path: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() and part.isascii() else (1, 0, part) for part in path.split(".")]
 
 
-def _place(key: str) -> tuple[str, str] | str:
-    """Return the module path and leaf of a tensor name, or what is wrong with it."""
+@dataclass(frozen=True)
+class _Place:
+    path: str
+    leaf: str
+    kind: str | None = None
+    whole: bool = False
+
+
+def _place(key: str, saved: Collection[str]) -> _Place | str:
+    """Return where a tensor belongs, or what is wrong with its name."""
     if not key.startswith(ROOT):
         return (
             f'the name does not start with "{ROOT}", so this is not a file of a PEFT adapter (or one of another '
             "tool); rename the tensors or convert the file with the tool that wrote it"
         )
     rest = key.removeprefix(ROOT)
+    module = _saved_module(rest, saved)
+    if module:
+        return _Place(module, rest.removeprefix(f"{module}."), whole=True)
+    inner = re.fullmatch(r"(?:(?P<owner>.+)\.)?base_layer\.out_proj\.lora_(?P<leaf>[AB])\.weight", rest)
+    if inner:
+        owner = f"{inner['owner']}." if inner["owner"] else ""
+        return _Place(f"{owner}out_proj", inner["leaf"], OUTPUT)
     for leaf, role in _LEAVES.items():
         if rest.endswith("." + leaf) and ".base_layer." not in rest:
-            return rest.removesuffix("." + leaf), role
+            return _Place(rest.removesuffix("." + leaf), role, EMBEDDING if "embedding" in leaf else None)
     leftover = re.search(r"\.lora_(?:embedding_)?[AB]\.(?P<name>.+)\.weight$|\.lora_[AB]\.(?P<bare>[^.]+)$", key)
     if leftover and (leftover["name"] or leftover["bare"]) not in ("weight", "bias"):
         name = leftover["name"] or leftover["bare"]
@@ -117,11 +168,20 @@ def _place(key: str) -> tuple[str, str] | str:
     for mark, what in _REFUSED.items():
         if mark in rest:
             return what
+    if rest.endswith((".base_layer.weight", ".token_adapter.base_layer.weight")):
+        return _Place(rest.removesuffix(".weight").removesuffix(".base_layer").removesuffix(".token_adapter"), BASE)
     if rest.endswith(".bias"):
-        return rest.removesuffix(".bias").removesuffix(".base_layer"), "bias"
+        return _Place(rest.removesuffix(".bias").removesuffix(".base_layer"), "bias")
     if rest.endswith(".weight") and "lora" not in rest:
-        return "a whole weight (modules_to_save, or an embedding saved beside the adapter); not supported yet"
+        return _Place(rest.removesuffix(".weight"), BASE)
     return f"no known tensor of a LoRA adapter.{did_you_mean('.'.join(rest.split('.')[-2:]), _LEAVES)}"
+
+
+def _saved_module(rest: str, saved: Collection[str]) -> str | None:
+    """The shortest leading path that ends in one of the names; what follows it names a tensor of that module."""
+    parts = rest.split(".")
+    leading = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((path for path in leading if any(path == n or path.endswith(f".{n}") for n in saved)), None)
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sideroad.config import AdapterConfig
 from sideroad.patterns import is_name
+from sideroad.peft_keys import OUTPUT
 
 _PLAIN = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 _SUFFIX = r"re:(.*\.)?"
@@ -50,17 +51,30 @@ def _in_layers(fields: Mapping[str, Any], path: str) -> bool:
     return False
 
 
-def our_targets(fields: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+def our_targets(fields: Mapping[str, Any], paths: list[str], kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return targets, exclude, layers and layers_pattern of an `AdapterConfig`.
 
     Args:
         paths: the modules that have tensors; they are named one by one where our language cannot say the same.
+        kinds: of those that are not plain. PEFT's name of an attention means its output projection too, ours does not.
     """
+    outputs = [path for path in paths if (kinds or {}).get(path) == OUTPUT]
+    if outputs:
+        owners = {path.rpartition(".")[0] for path in outputs}
+        said = _our_targets(fields, [path for path in paths if path not in outputs])
+        targets = [said["targets"]] if isinstance(said["targets"], str) else list(said["targets"])
+        if owners <= set(paths) and not any(said.get(key) for key in ("exclude", "layers")):
+            return said | {"targets": [*targets, *map(our_name, outputs)]}
+        return {"targets": [our_name(path) for path in paths]}
+    return _our_targets(fields, paths)
+
+
+def _our_targets(fields: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
     wanted, excluded = fields.get("target_modules"), fields.get("exclude_modules") or []
     layers, names = fields.get("layers_to_transform"), fields.get("layers_pattern") or []
     layers = [layers] if isinstance(layers, int) else layers or None
     names = [names] if isinstance(names, str) else names
-    exact: dict[str, Any] = {"targets": [_our_name(path) for path in paths]}
+    exact: dict[str, Any] = {"targets": [our_name(path) for path in paths]}
     whole = isinstance(wanted, str) and wanted.lower() == "all-linear"
     limited = layers is not None
     if not wanted or (limited and (isinstance(wanted, str) or set(wanted) & set(paths))):
@@ -70,17 +84,23 @@ def our_targets(fields: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
     if isinstance(wanted, str):
         targets: str | list[str] = "all-linear" if whole else f"re:{wanted}"
     else:
-        targets = [_our_name(name) for name in wanted if name.strip()]
+        targets = [our_name(name) for name in wanted if name.strip()]
     return {
         "targets": targets or exact["targets"],
-        "exclude": [f"re:{excluded}"] if isinstance(excluded, str) else [_our_name(e) for e in excluded if e.strip()],
+        "exclude": [f"re:{excluded}"] if isinstance(excluded, str) else [our_name(e) for e in excluded if e.strip()],
         "layers": layers,
         "layers_pattern": names[0] if names and limited else None,
     }
 
 
-def their_targets(config: AdapterConfig, paths: list[str]) -> dict[str, Any]:
-    """Say the same in PEFT's language where it can, else name every module."""
+def their_targets(config: AdapterConfig, paths: list[str], *, exact: bool = False) -> dict[str, Any]:
+    """Say the same in PEFT's language where it can, else name every module.
+
+    Args:
+        exact: name every module.
+    """
+    if exact or not paths:
+        return {"target_modules": paths}
     wanted, excluded = _their_wanted(config, paths), _in_their_words(config.exclude, regex=True)
     fields: dict[str, Any] = {"target_modules": wanted}
     if config.exclude:
@@ -103,7 +123,7 @@ def _their_wanted(config: AdapterConfig, paths: list[str]) -> str | list[str] | 
 
 def _in_their_words(patterns: Sequence[str], *, regex: bool) -> str | list[str] | None:
     """A list of names, or a single regular expression where `regex` allows one: a list cannot hold any, nor a glob."""
-    names = [name for name in map(_their_name, patterns) if name]
+    names = [name for name in map(their_name, patterns) if name]
     if len(names) == len(patterns):
         return names
     alone = regex and len(patterns) == 1 and patterns[0].startswith("re:")
@@ -122,13 +142,14 @@ def _covering_names(paths: list[str]) -> list[str]:
     return list(paths) if numbered else sorted(names)
 
 
-def _our_name(name: str) -> str:
+def our_name(name: str) -> str:
+    """Return the pattern of ours that means what a plain name means in PEFT."""
     special = name.startswith("re:") or name == "all-linear" or any(mark in name for mark in "*?[]!")
     return _SUFFIX + re.escape(name) if special else name
 
 
-def _their_name(pattern: str) -> str | None:
-    """Return the plain name a pattern of ours is, or None."""
+def their_name(pattern: str) -> str | None:
+    """Return the plain name that a pattern of ours is, or None."""
     if pattern.startswith(_SUFFIX):
         escaped = pattern.removeprefix(_SUFFIX)
         name = re.sub(r"\\(.)", r"\1", escaped)

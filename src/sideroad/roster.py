@@ -13,11 +13,30 @@ from sideroad.route import Names, read_weights
 
 @dataclass(frozen=True)
 class Entry:
-    """An attached adapter: its description (an Adapter without tensors) and the layers that hold its tensors."""
+    """An attached adapter: its description (an Adapter without tensors) and where its tensors are.
+
+    Args:
+        targets: paths of the layers that have a pair.
+        layers: paths of all layers that have tensors, those with a bias or rows alone included.
+        modules: paths of modules trained whole.
+        ties: paths of layers that act with another layer's rows.
+    """
 
     description: Adapter
     targets: tuple[str, ...]
-    paths: tuple[str, ...]
+    layers: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of everything that has tensors."""
+        return (*self.layers, *self.modules)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Paths of everything that a delta sits on."""
+        return (*self.paths, *self.ties)
 
 
 class Roster:
@@ -61,7 +80,32 @@ class Roster:
             self.find(name)
             if not math.isfinite(weight):
                 raise AdapterError(f'the weight of adapter "{name}" is {weight}; it must be a finite number.')
+        raise_findings(AdapterError, "these adapters cannot act together", self._clashes(weights))
         return weights
+
+    def _clashes(self, weights: Mapping[str, float]) -> list[str]:
+        """Findings about modules trained whole: they act with weight 1, and nothing else acts on or inside them."""
+        findings = []
+        for name, weight in weights.items():
+            entry = self.entries[name]
+            if entry.modules and weight != 1.0:
+                findings.append(
+                    f'the weight of adapter "{name}" is {weight:g}, but it replaces {", ".join(entry.modules)} '
+                    "(modules_to_save), which is there or not; give it weight 1."
+                )
+            for other in weights:
+                met = [
+                    (path, place)
+                    for path in entry.modules
+                    for place in self.entries[other].places
+                    if other != name and (place == path or place.startswith(f"{path}."))
+                ]
+                if met:
+                    findings.append(
+                        f'adapter "{name}" replaces {met[0][0]} (modules_to_save), and "{other}" changes {met[0][1]}; '
+                        "only one of them can act at a time."
+                    )
+        return findings
 
     def row_weights(self, names: Sequence[Names | None]) -> list[dict[str, float]]:
         """Return name → weight for each row; nothing for None.

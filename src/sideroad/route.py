@@ -166,13 +166,20 @@ def find_delta(model: nn.Module, path: str, name: str) -> nn.Module:
     return delta
 
 
+def add_child(layer: nn.Module, route: Route) -> Deltas:
+    """Give the layer its `lora` child."""
+    deltas = Deltas(route)
+    deltas.train(layer.training)
+    layer.add_module(CHILD, deltas)
+    return deltas
+
+
 def open_layer(layer: nn.Module, route: Route) -> Deltas:
     """Return the layer's `lora` child, made and hooked on first use."""
     deltas = deltas_of(layer)
     if deltas is None:
-        deltas = Deltas(route)
-        deltas.train(layer.training)
-        layer.add_module(CHILD, deltas)
+        deltas = add_child(layer, route)
+    if deltas.handle is None:
         # the handle is kept inside the model: unpickling it reserves its id, so that later hooks do not overwrite ours
         deltas.handle = layer.register_forward_hook(add_deltas, with_kwargs=True)
     return deltas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from sideroad.config import AdapterConfig
-from sideroad.errors import TargetError, did_you_mean, raise_findings
-from sideroad.patterns import block_index, first_match, is_name, matches, parse_blocks, ranges, shortest_names
-from sideroad.route import walk
-from sideroad.weights import has_trainable_bias, is_adaptable, layer_shape
+from sideroad.errors import AdapterError, TargetError, did_you_mean, raise_findings
+from sideroad.pairs import blocks, pair_shapes, slices_of
+from sideroad.patterns import first_match, is_name, matches, shortest_names
+from sideroad.survey import Survey
+from sideroad.weights import has_trainable_bias, layer_shape
 
 __all__ = [
     "Survey",
@@ -27,20 +29,25 @@ __all__ = [
     "shortest_names",
 ]
 
-ALL_LINEAR = "all-linear"
-HEADS = ("lm_head", "classifier", "score", "qa_outputs", "head")
-"""Names of output layers, for models that do not say in their structure which one it is."""
-
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: its module path, its (out, in) features, and the rank and alpha it gets."""
+    """One layer to adapt: its module path, its (out, in) features, the rank and alpha it gets, and how many pairs."""
 
     path: str
     out_features: int
     in_features: int
     rank: int
     alpha: float
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    """Of A and B, as they are stored and saved."""
+    largest_rank: int
+    """The rank at which a pair can hold any change."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in A and B."""
+        return sum(math.prod(shape) for shape in self.shapes)
 
 
 def rank_of(config: AdapterConfig, path: str) -> int:
@@ -53,21 +60,26 @@ def alpha_of(config: AdapterConfig, path: str) -> float:
     return first_match(config.alpha_pattern, path, config.method.alpha)
 
 
-def resolve(model: nn.Module, config: AdapterConfig) -> dict[str, Target]:
+def resolve(model: nn.Module | Survey, config: AdapterConfig) -> dict[str, Target]:
     """Find the layers that a configuration adapts, by module path, in the model's order. Works on meta models.
 
     A module that hangs in the model under several paths is listed once, under its first.
 
+    Args:
+        model: or what was read of it already.
     Raises:
         TargetError: everything wrong at once: patterns that match nothing, named modules that cannot be adapted,
             blocks that do not exist, ranks larger than a layer, no bias where biases are to be trained.
     """
-    survey = Survey(model)
+    survey = model if isinstance(model, Survey) else Survey(model)
     findings = _broken(config)
     raise_findings(TargetError, f"targets of {survey.model_name}", findings)
     chosen = survey.select(config, findings)
+    findings += _check_slices(survey, config, chosen)
+    raise_findings(TargetError, f"targets of {survey.model_name}", findings)
     targets = {path: _target(config, path, survey.adaptable[path]) for path in chosen}
-    if not targets and not findings:
+    whole, rows = survey.whole(config, findings), survey.rows(config, findings)
+    if not targets and not findings and not (whole or rows):
         findings.append(f"no layer of {survey.model_name} is left to adapt after exclude and layers. {survey.found()}")
     if targets:
         findings += _check_numbers(survey, config, targets)
@@ -86,7 +98,7 @@ def bias_paths(model: nn.Module, config: AdapterConfig, targets: Iterable[str]) 
     return Survey(model).biases(config, targets)
 
 
-def named_exactly(model: nn.Module, config: AdapterConfig, targets: Collection[str]) -> AdapterConfig:
+def named_exactly(survey: Survey, config: AdapterConfig, targets: Collection[str]) -> AdapterConfig:
     """Return the configuration with its layers given by the shortest names that mean exactly `targets`.
 
     Args:
@@ -94,7 +106,6 @@ def named_exactly(model: nn.Module, config: AdapterConfig, targets: Collection[s
     """
     if not targets:
         return config
-    survey = Survey(model)
     others = [path for path in survey.modules if path and survey.canonical[path] not in targets]
     changes = {"targets": shortest_names(targets, others), "layers": None, "layers_pattern": None}
     # exclude still decides which biases "all" means
@@ -114,126 +125,30 @@ def _broken(config: AdapterConfig) -> list[str]:
 
 def _target(config: AdapterConfig, path: str, layer: nn.Module) -> Target:
     out_features, in_features = layer_shape(layer)
-    return Target(path, out_features, in_features, rank_of(config, path), alpha_of(config, path))
+    parts, rank = slices_of(config, path), rank_of(config, path)
+    A, B = pair_shapes(config, path, layer, rank)
+    narrowest = out_features // (A[0] // rank)
+    if parts is not None:
+        narrowest = min(stop - start for start, stop in blocks(parts, out_features))
+    return Target(path, out_features, in_features, rank, alpha_of(config, path), (A, B), min(narrowest, in_features))
 
 
-class Survey:
-    """A model's modules, read once: by path, the adaptable ones, and the output head.
-
-    Args:
-        model: may live on the meta device and may carry adapters, which are not looked at.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model_name = type(model).__name__
-        self.modules: dict[str, nn.Module] = {}
-        """Every path, aliases of shared modules included."""
-        self.canonical: dict[str, str] = {}
-        """Path → first path of the same module."""
-        first: dict[int, str] = {}
-        for path, module in walk(model):
-            self.modules[path] = module
-            self.canonical[path] = first.setdefault(id(module), path)
-        self.adaptable = {
-            path: module
-            for path, module in self.modules.items()
-            if path and self.canonical[path] == path and is_adaptable(module)
-        }
-        self.heads = _heads(model, self.adaptable)
-
-    def select(self, config: AdapterConfig, findings: list[str]) -> list[str]:
-        """Return the chosen canonical paths in model order; append what is wrong with the patterns to `findings`."""
-        patterns = (config.targets,) if isinstance(config.targets, str) else config.targets
-        chosen: set[str] = set()
-        for pattern in patterns:
-            if pattern == ALL_LINEAR:
-                chosen |= self.adaptable.keys() - self.heads
-                if not self.adaptable:
-                    findings.append(f"{self.model_name} has no linear layer inside it that could be adapted.")
-            else:
-                chosen |= self._matched(pattern, findings)
-        chosen -= self.excluded(config, findings)
-        blocks = self._blocks(config, findings)
-        if blocks is not None:
-            chosen &= blocks
-        return [path for path in self.adaptable if path in chosen]
-
-    def biases(self, config: AdapterConfig, targets: Iterable[str]) -> tuple[str, ...]:
-        """Return the paths whose bias `config.bias` trains, in model order."""
-        if config.bias == "none":
-            return ()
-        wanted = set(targets) if config.bias == "adapted" else self.modules.keys() - self.excluded(config, [])
-        return tuple(
-            path
-            for path, module in self.modules.items()
-            if path in wanted and self.canonical[path] == path and has_trainable_bias(module)
-        )
-
-    def leaves(self) -> list[str]:
-        """Return the distinct last names of adaptable layers, in model order."""
-        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.adaptable))
-
-    def found(self) -> str:
-        """Return the sentence that lists the layers there are."""
-        return f"Layers found: {', '.join(self.leaves()) or 'none'}."
-
-    def _matched(self, pattern: str, findings: list[str]) -> set[str]:
-        """Canonical adaptable paths that one target pattern means; a name must mean nothing else."""
-        hits = [path for path in self.modules if path and matches(pattern, path)]
-        good = {self.canonical[path] for path in hits if self.canonical[path] in self.adaptable}
-        wrong = [path for path in hits if self.canonical[path] not in self.adaptable]
-        if not hits:
-            findings.append(self._near_miss("target", pattern))
-        elif wrong and (is_name(pattern) or not good):
-            kinds = Counter(type(self.modules[path]).__name__ for path in wrong)
-            shown = ", ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items())
-            findings.append(
-                f'target "{pattern}" means {shown} ({wrong[0]}{", …" if len(wrong) > 1 else ""}) in {self.model_name}, '
-                f"which cannot be adapted; allowed: nn.Linear and Conv1D.\n  {self.found()}"
-            )
-        return good
-
-    def excluded(self, config: AdapterConfig, findings: list[str]) -> set[str]:
-        """Return the canonical paths that `exclude` means; append what is wrong with it to `findings`."""
-        excluded: set[str] = set()
-        for pattern in config.exclude:
-            hits = {self.canonical[path] for path in self.modules if path and matches(pattern, path)}
-            useful = hits & self.adaptable.keys()
-            if config.bias == "all":
-                useful |= {path for path in hits if "bias" in self.modules[path]._parameters}
-            if hits and not useful:
-                findings.append(
-                    f'exclude "{pattern}" names no layer but {type(self.modules[min(hits)]).__name__} ({min(hits)}); '
-                    f'a glob such as "*{pattern}.*" covers what is inside.'
-                )
-            elif not hits:
-                findings.append(self._near_miss("exclude", pattern))
-            excluded |= useful
-        return excluded
-
-    def _near_miss(self, what: str, pattern: str) -> str:
-        guess = did_you_mean(pattern, self.leaves()) if is_name(pattern) else ""
-        return f'{what} "{pattern}" matches no layer of {self.model_name}.\n  {self.found()}\n {guess}'.rstrip()
-
-    def _blocks(self, config: AdapterConfig, findings: list[str]) -> set[str] | None:
-        """Paths in the requested blocks; None where no blocks are requested."""
-        if config.layers is None:
-            if config.layers_pattern is not None:
-                findings.append('layers_pattern is set without layers; give both, such as layers: "0-3".')
-            return None
-        index_of = {path: block_index(path, config.layers_pattern) for path in self.adaptable}
-        present = sorted({index for index in index_of.values() if index is not None})
-        if not present:
-            where = f'a block list named "{config.layers_pattern}"' if config.layers_pattern else "a numbered list"
-            findings.append(f"layers asks for blocks, but no layer of {self.model_name} is inside {where}.")
-            return set()
-        wanted = parse_blocks(config.layers, present[-1], findings)
-        missing = sorted(wanted - set(present))
-        if missing:
-            findings.append(
-                f"layers asks for {ranges(missing)}, but {self.model_name} has blocks {ranges(present)} only."
-            )
-        return {path for path, index in index_of.items() if index in wanted}
+def _check_slices(survey: Survey, config: AdapterConfig, chosen: Iterable[str]) -> list[str]:
+    """Findings about slices: patterns that no target uses, layers that are not linear, parts that do not add up."""
+    findings: list[str] = []
+    for pattern in config.slices:
+        if not any(matches(pattern, path) for path in chosen) and not config.allow_unmatched:
+            findings.append(f'slices "{pattern}" matches none of the adapted layers of {survey.model_name}.')
+    for path in chosen:
+        parts = slices_of(config, path)
+        if parts is not None and not survey.kinds[path].linear:
+            findings.append(f"slices are given for {path}, which is no linear layer; only fused linear layers have any.")
+        elif parts is not None:
+            try:
+                blocks(parts, layer_shape(survey.adaptable[path])[0])
+            except AdapterError as error:
+                findings.append(f"{path}: {error}")
+    return findings
 
 
 def _check_numbers(survey: Survey, config: AdapterConfig, targets: Mapping[str, Target]) -> list[str]:
@@ -241,21 +156,22 @@ def _check_numbers(survey: Survey, config: AdapterConfig, targets: Mapping[str, 
     findings: list[str] = []
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
-            if not any(matches(pattern, path) for path in targets):
+            if not config.allow_unmatched and not any(matches(pattern, path) for path in targets):
                 leaves = sorted({path.rpartition(".")[2] for path in targets})
                 guess = did_you_mean(pattern, leaves) if is_name(pattern) else ""
                 findings.append(
                     f'{field} "{pattern}" matches none of the adapted layers of {survey.model_name}.\n'
                     f"  Adapted: {', '.join(leaves) or 'none'}.\n {guess}".rstrip()
                 )
-    large = [target for target in targets.values() if target.rank > min(target.out_features, target.in_features)]
+    large = [target for target in targets.values() if target.rank > target.largest_rank]
     groups = Counter(
-        (target.path.rpartition(".")[2], target.rank, target.out_features, target.in_features) for target in large
+        (target.path.rpartition(".")[2], target.rank, target.out_features, target.in_features, target.largest_rank)
+        for target in large
     )
-    for (leaf, rank, out_features, in_features), count in groups.items():
+    for (leaf, rank, out_features, in_features, largest), count in groups.items():
         findings.append(
             f"rank {rank} is larger than {leaf} ({count} layer{'s' * (count > 1)} of {survey.model_name}, "
-            f"[out, in] = [{out_features}, {in_features}]); the largest rank there is {min(out_features, in_features)}."
+            f"[out, in] = [{out_features}, {in_features}]); the largest rank there is {largest}."
             " Lower method.rank, or set rank_pattern for it."
         )
     return findings
@@ -278,18 +194,6 @@ def _check_biases(survey: Survey, config: AdapterConfig, targets: Iterable[str])
     if not other:
         return []
     return [
-        f'bias is "all", but these biases cannot be trained: {", ".join(other)}; allowed: Linear, Conv1D, LayerNorm. '
+        f'bias is "all", but these biases cannot be trained: {", ".join(other)}; allowed: Linear, Conv1D, convolutions, LayerNorm. '
         "Exclude them, or set bias: adapted."
     ]
-
-
-def _heads(model: nn.Module, adaptable: Mapping[str, nn.Module]) -> set[str]:
-    """Paths of the output head: what the model says it is, what stands beside its base model, else known names."""
-    ask = getattr(model, "get_output_embeddings", None)
-    output = ask() if callable(ask) else None
-    heads = {path for path, layer in adaptable.items() if layer is output}
-    inner = model._modules.get(str(getattr(model, "base_model_prefix", "") or ""))
-    if inner is not None:
-        inside = {id(module) for module in inner.modules()}
-        return heads | {path for path, layer in adaptable.items() if id(layer) not in inside}
-    return heads or {path for path in adaptable if path in HEADS}

@@ -48,15 +48,18 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def find_ties(model: nn.Module, changed: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return, for merged layers that share their weight with an embedding, layer path → embedding path.
+def find_ties(
+    model: nn.Module, changed: Iterable[tuple[str, str]], together: Iterable[tuple[str, str]] = ()
+) -> dict[str, str]:
+    """Return which layers must part from an embedding or head that shares their weight: path → path of the other.
 
     Args:
-        changed: (module path, parameter name) of everything that a merge will write.
+        changed: (module path, parameter name) of everything that a merge will write for its layer alone.
+        together: of what it will write for all who share it (rows of a tied embedding).
     Raises:
         MergeError: a parameter is shared with anything else; the other user would change too. Lists all.
     """
-    wanted = set(changed)
+    wanted, agreed = set(changed), set(together)
     owners = sorted(owners_of(model), key=lambda owner: (owner.device, owner.start))
     ties: dict[str, str] = {}
     findings: list[str] = []
@@ -66,21 +69,27 @@ def find_ties(model: nn.Module, changed: Iterable[tuple[str, str]]) -> dict[str,
         if owner and (overlaps or not group):
             group.append(owner)
             continue
-        _judge(group, wanted, ties, findings)
+        _judge(group, wanted, agreed, ties, findings)
         group = [owner] if owner else []
     raise_findings(MergeError, "merge refused", findings)
     return ties
 
 
-def _judge(group: list[Owner], wanted: set[tuple[str, str]], ties: dict[str, str], findings: list[str]) -> None:
+def _judge(
+    group: list[Owner], wanted: set[tuple[str, str]], agreed: set[tuple[str, str]], ties: dict[str, str],
+    findings: list[str],
+) -> None:  # fmt: skip
     """Sort one group of parameters that share memory into ties and findings."""
     mine = [owner for owner in group if (owner.path, owner.part) in wanted]
-    if len(group) < 2 or not mine:
+    some = [owner for owner in group if (owner.path, owner.part) in agreed]
+    if len(group) < 2 or not (mine or some) or (not mine and len(some) == len(group)):
         return
     embeddings = [owner for owner in group if isinstance(owner.module, nn.Embedding)]
-    if len(mine) == 1 and len(embeddings) == len(group) - 1:
-        ties[mine[0].path] = embeddings[0].path
+    if mine and len(group) - len(embeddings) <= 1 and all(owner.part == "weight" for owner in group):
+        stays = next((owner for owner in group if owner not in mine), embeddings[0])
+        ties.update({owner.path: stays.path for owner in mine if owner is not stays})
         return
+    mine = mine or some
     shown = ", ".join(f"{owner.path}.{owner.part}" for owner in group[:4]) + (", …" if len(group) > 4 else "")
     findings.append(
         f"{shown} are one tensor in memory (replicated or shared layers), so merging {mine[0].path} would change the "
@@ -93,7 +102,7 @@ class Untied:
     """What parting a head from its embedding changed in a model's bookkeeping, so that it can be put back."""
 
     ties: dict[str, str] = field(default_factory=dict)
-    """Layer path → path of the embedding that shared its weight."""
+    """Path of a layer that parted → path of the embedding or head whose weight it had."""
     configs: list[tuple[Any, bool]] = field(default_factory=list)
     """Configurations whose `tie_word_embeddings` was set to False."""
     maps: list[tuple[nn.Module, dict[str, str]]] = field(default_factory=list)
@@ -132,9 +141,9 @@ def untie(model: nn.Module, ties: Mapping[str, str]) -> Untied:
 
 
 def retie(model: nn.Module, record: Untied) -> None:
-    """Undo `untie`: the layers hold the embeddings' own parameters again."""
-    for path, embedding in record.ties.items():
-        model.get_submodule(path).weight = model.get_submodule(embedding).get_parameter("weight")
+    """Undo `untie`: the layers hold the others' own parameters again."""
+    for path, other in record.ties.items():
+        model.get_submodule(path).weight = model.get_submodule(other).get_parameter("weight")
     for config, flag in record.configs:
         setattr(config, FLAG, flag)
     for module, names in record.maps:

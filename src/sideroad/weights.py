@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sideroad.errors import AdapterError, TargetError
+from sideroad.kinds import ALLOWED, Kind, kind_of
 
 BIASED_NORMS = (nn.LayerNorm,)
 """Kinds besides adaptable layers whose output ends in `+ bias` over the last dimension."""
 
 
 def is_adaptable(layer: nn.Module) -> bool:
-    """Whether a low-rank pair can act on this layer: a plain `nn.Linear`, or the Conv1D of GPT-2.
+    """Whether a low-rank pair can act on this layer: one of the kinds of `sideroad.kinds` claims it."""
+    return kind_of(layer) is not None
 
-    The layer's weight must be a floating-point parameter of the shape its class promises (packed and re-parametrised
-    weights are not), and its forward must be what uses it: the output projection inside `nn.MultiheadAttention` has a
-    class of its own because its forward is never called.
+
+def require_kind(layer: nn.Module) -> Kind:
+    """Return the layer's kind.
+
+    Raises:
+        TargetError: the layer is not adaptable.
     """
-    weight = layer._parameters.get("weight")
-    if weight is None or not weight.is_floating_point():
-        return False
-    if _is_conv1d(layer):
-        return True
-    if not isinstance(layer, nn.Linear) or isinstance(layer, NonDynamicallyQuantizableLinear):
-        return False
-    return tuple(weight.shape) == (layer.out_features, layer.in_features)
+    kind = kind_of(layer)
+    if kind is None:
+        raise TargetError(
+            f"{type(layer).__name__} has no weight that a low-rank pair can adapt; "
+            f"allowed: {ALLOWED}, with a floating-point weight."
+        )
+    return kind
 
 
 def has_trainable_bias(layer: nn.Module) -> bool:
-    """Whether the layer's output ends in `+ bias` over its last dimension, with a bias there to train."""
+    """Whether the layer's output ends in `+ bias`, with a bias there to train."""
     bias = layer._parameters.get("bias")
-    return bias is not None and bias.ndim == 1 and (is_adaptable(layer) or isinstance(layer, BIASED_NORMS))
+    kind = kind_of(layer)
+    known = isinstance(layer, BIASED_NORMS) if kind is None else kind.bias == "bias"
+    return known and bias is not None and bias.ndim == 1
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
@@ -41,8 +46,7 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
     Raises:
         TargetError: the layer is not adaptable.
     """
-    rows, columns = weight_of(layer).shape
-    return (columns, rows) if _is_conv1d(layer) else (rows, columns)
+    return require_kind(layer).shape(layer)
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
@@ -51,13 +55,7 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     Raises:
         TargetError: the layer is not adaptable.
     """
-    weight = layer._parameters.get("weight")
-    if weight is None or not is_adaptable(layer):
-        raise TargetError(
-            f"{type(layer).__name__} has no weight that a low-rank pair can adapt; "
-            "allowed: nn.Linear and Conv1D with a floating-point weight."
-        )
-    return weight
+    return layer.get_parameter(require_kind(layer).weight)
 
 
 def read_dense(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,9 +64,8 @@ def read_dense(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     Raises:
         TargetError: the layer is not adaptable.
     """
-    weight = weight_of(layer).detach()
-    oriented = weight.t() if _is_conv1d(layer) else weight
-    return oriented.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    weight = require_kind(layer).oriented(weight_of(layer).detach())
+    return weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def write_dense(layer: nn.Module, weight: Tensor) -> None:
@@ -89,13 +86,5 @@ def write_dense(layer: nn.Module, weight: Tensor) -> None:
 
 
 def stored_form(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Turn an [out, in] weight into the orientation and dtype in which the layer stores it."""
-    return (weight.t() if _is_conv1d(layer) else weight).to(weight_of(layer).dtype)
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    # transformers' class, known by structure so that this file does not import transformers: weight is [in, out].
-    weight = layer._parameters.get("weight")
-    features = getattr(layer, "nf", None)
-    named_so = any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
-    return named_so and weight is not None and weight.ndim == 2 and features == weight.shape[1]
+    """Turn an [out, in] weight into the shape and dtype in which the layer stores it."""
+    return require_kind(layer).stored(layer, weight).to(weight_of(layer).dtype)

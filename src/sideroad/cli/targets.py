@@ -104,7 +104,7 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
     for target in targets.values():
         leaf = target.path.rpartition(".")[2]
         groups[leaf, target.out_features, target.in_features, target.rank, target.alpha].append(target)
-    trainable = sum(map(_parameters, targets.values())) + biases
+    trainable = sum(target.parameters for target in targets.values()) + biases
     return {
         "model": name,
         "architecture": type(model).__name__,
@@ -120,17 +120,13 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
                 "in_features": in_features,
                 "rank": rank,
                 "alpha": alpha,
-                "parameters": sum(map(_parameters, group)),
+                "parameters": sum(target.parameters for target in group),
             }
             for (leaf, out_features, in_features, rank, alpha), group in groups.items()
         ],
         "paths": [{"path": target.path, "rank": target.rank} for target in targets.values()],
         "bias_paths": list(biased),
     }
-
-
-def _parameters(target: Target) -> int:
-    return target.rank * (target.in_features + target.out_features)
 
 
 def _print(survey: dict[str, Any], all_paths: bool) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from sideroad.errors import MergeError
+from sideroad.kinds import Kind, kind_of
+from sideroad.kinds.convolution import CLASSES, sees_all_inputs
+from sideroad.kinds.linear import Linear
 from sideroad.lowrank import LowRank
+from sideroad.pairs import Blocks, matrices, spread
 
 
 class LoraDelta(nn.Module):
@@ -19,20 +23,37 @@ class LoraDelta(nn.Module):
     the branch's input alone, while this module is in training mode.
 
     Args:
-        A: [rank, in]; taken as it is, its dtype is the storage dtype.
-        B: [out, rank].
+        A: [rank, in], or the shape that the layer's kind gives it; taken as it is, its dtype is the storage dtype.
+        B: [out, rank], or likewise; compact where `where` is given: [rows of all blocks, rank].
         scale: s.
         dropout: probability of zeroing an input element.
         bias: [out], or None where the bias is not trained.
+        kind: of the layer; how the branch runs and what its weight looks like.
+        where: blocks of the output that have a pair of their own (fused layers); None for one plain pair.
+        out_features: of the layer; needed with `where`.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, *, scale: float, dropout: float = 0.0, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        kind: Kind | None = None,
+        where: Blocks | None = None,
+        out_features: int = 0,
+    ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.scale = scale
         self.dropout = dropout
+        self.kind: Kind = kind or Linear()
+        self.where = where
+        self.out_features = out_features
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module, weight: float) -> Tensor:
         """Return y plus `weight` times this delta.
@@ -44,21 +65,45 @@ class LoraDelta(nn.Module):
         """
         if self.bias is not None:
             y = add_bias_change(y, self.bias, layer, weight)
+        factor: Tensor | float = weight * self.scale
         if self.training and self.dropout > 0:
-            x = functional.dropout(x, self.dropout)
-        low = functional.linear(x, self.A.to(x.dtype)).to(y.dtype)
-        B = self.B.to(y.dtype)
-        # one fused product-and-add: a single rounding, and no [..., out] temporary
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), B.t(), alpha=weight * self.scale)
-        return flat.view(y.shape)
+            x, kept = self.kind.dropped(x, self.dropout)
+            factor = factor * kept
+        B = self.B if self.where is None else spread(self.B, self.where, self.out_features)
+        return self.kind.add(layer, x, y, self.A, B, factor)
+
+    def changed_weight(self, weight: Tensor, factor: float) -> Tensor:
+        """Return weight + factor · s · B A, in fp32 or wider and with gradients; for weights that others read.
+
+        Args:
+            weight: [out, in] as `kind` stores it.
+        """
+        A, B = matrices(self.A, self.B, self.where, self.out_features)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=factor * self.scale)
+
+    def changed(self, layer: nn.Module) -> tuple[str, ...]:
+        """Return the names of the layer's tensors that a merge writes."""
+        return (self.kind.weight, "bias") if self.bias is not None else (self.kind.weight,)
 
     def lower(self, layer: nn.Module) -> LowRank:
-        """Return the change of the layer's weight, s folded into B, in fp32."""
-        return LowRank(self.A.detach().float(), self.B.detach().float() * self.scale)
+        """Return the change of the layer's weight, s folded into B, in fp32.
+
+        Raises:
+            MergeError: PEFT's pair on a grouped convolution, whose change no grouped weight can hold.
+        """
+        if isinstance(layer, CLASSES) and sees_all_inputs(layer, self.A):
+            raise MergeError(
+                f"this adapter's pair on a {type(layer).__name__} with groups={layer.groups} is of PEFT's form, which "
+                "reaches across the groups: no weight of that layer can hold its change. Use it unmerged; pairs trained "
+                "here (one for each group) can be merged."
+            )
+        A, B = self.A.detach().float(), self.B.detach().float() * self.scale
+        return LowRank(*matrices(A, B, self.where, self.out_features))
 
     def extra_repr(self) -> str:
         """Show rank, scale and dropout in the model's printout."""
-        return f"rank={self.A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
+        return f"rank={self.B.shape[1]}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
 class BiasDelta(nn.Module):
@@ -76,6 +121,10 @@ class BiasDelta(nn.Module):
         """Return y plus `weight` times the bias change; x is not used."""
         return add_bias_change(y, self.bias, layer, weight)
 
+    def changed(self, layer: nn.Module) -> tuple[str, ...]:
+        """Return the name of the one tensor that a merge writes."""
+        return ("bias",)
+
     def lower(self, layer: nn.Module) -> None:
         """There is no low-rank change; `bias` is all."""
 
@@ -84,4 +133,6 @@ def add_bias_change(y: Tensor, bias: Tensor, layer: nn.Module, weight: float) ->
     """Return y + weight · (bias - layer.bias), the difference taken in the wider dtype: exactly y where they agree."""
     base = layer.get_parameter("bias")
     wide = torch.promote_types(bias.dtype, base.dtype)
-    return y + (weight * (bias.to(wide) - base.to(wide))).to(y.dtype)
+    change = weight * (bias.to(wide) - base.to(wide))
+    kind = kind_of(layer)
+    return y + (change if kind is None else kind.spread_bias(layer, change)).to(y.dtype)

@@ -1,0 +1,139 @@
+"""An adapter's parts onto a model and off again: which delta goes where."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sideroad.config import AdapterConfig
+from sideroad.errors import AdapterError
+from sideroad.methods import ROWS, make_delta, parts_of
+from sideroad.methods.replaced import Replaced
+from sideroad.methods.rows import RowsDelta, TiedRows
+from sideroad.route import CHILD, Route, deltas_of, find_delta
+from sideroad.seams import close_path, open_path, strip
+from sideroad.survey import Survey
+
+State = Mapping[str, Mapping[str, Tensor]]
+"""Module path → tensor name → tensor."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An adapter's tensors by a model's own paths, known to fit it, in model order.
+
+    Args:
+        tensors: layer path → `A`, `B`, `bias`, `rows`.
+        modules: path of a module trained whole → its state.
+        ties: path of a layer that shares a trained embedding's weight → path of that embedding.
+    """
+
+    tensors: State
+    modules: State = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Paths of the layers that have a pair."""
+        return tuple(path for path, parts in self.tensors.items() if "A" in parts)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of everything that has tensors."""
+        return (*self.tensors, *self.modules)
+
+
+def find_row_ties(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
+    """Return the other layers that hold the weight of embeddings or heads whose rows are trained: path → source.
+
+    Raises:
+        AdapterError: two of the given layers share their weight, or something shares it that rows cannot act on.
+    """
+    ties: dict[str, str] = {}
+    wanted = list(paths)
+    for path in wanted:
+        weight = survey.modules[path].get_parameter("weight")
+        for other, module in survey.modules.items():
+            if other == path or survey.canonical[other] != other or module._parameters.get("weight") is not weight:
+                continue
+            if other in wanted:
+                raise AdapterError(
+                    f"{path} and {other} hold one weight, so their rows are the same; name the embedding alone."
+                )
+            if other not in survey.adaptable:
+                raise AdapterError(
+                    f"{other} ({type(module).__name__}) holds the weight of {path}, but trained rows cannot act in it."
+                )
+            ties[other] = path
+    return ties
+
+
+def make_deltas(model: nn.Module, config: AdapterConfig, placed: Placed) -> dict[str, nn.Module]:
+    """Build the delta of every path, ties included; nothing is attached yet.
+
+    Raises:
+        AdapterError: dropout or slices that a layer cannot have.
+    """
+    made: dict[str, nn.Module] = {
+        path: make_delta(config, path, model.get_submodule(path), tensors) for path, tensors in placed.tensors.items()
+    }
+    for path, state in placed.modules.items():
+        made[path] = Replaced(copy_of(model.get_submodule(path), state))
+    for path, source in placed.ties.items():
+        rows = made[source]
+        assert isinstance(rows, RowsDelta), "ties lead to rows"
+        made[path] = TiedRows(rows)
+    return made
+
+
+def copy_of(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a module without adapters, holding the given state."""
+    twin = strip(copy.deepcopy(module))
+    with torch.no_grad():
+        for name, tensor in twin.state_dict(keep_vars=True).items():
+            if not tensor.is_meta:
+                tensor.copy_(state[name])
+            elif not state[name].is_meta:
+                raise AdapterError("the base is on the meta device, but the adapter has tensors; load the base first.")
+    return twin
+
+
+def state_without_adapters(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own state: its parameters and buffers, and nothing that adapters have added."""
+    return {name: tensor for name, tensor in module.state_dict().items() if f".{CHILD}." not in f".{name}"}
+
+
+def join(model: nn.Module, route: Route, key: str, deltas: Mapping[str, nn.Module], trainable: bool) -> None:
+    """Put deltas on their layers under an adapter's key."""
+    for path, delta in deltas.items():
+        child = open_path(model, path, route, whole=isinstance(delta, Replaced))
+        child.put(key, delta.requires_grad_(trainable))
+
+
+def part(model: nn.Module, key: str, paths: Iterable[str]) -> None:
+    """Take an adapter's deltas off their layers; layers without any are as they were before the first."""
+    for path in paths:
+        deltas = deltas_of(model.get_submodule(path))
+        if deltas is not None:
+            deltas._modules.pop(key, None)
+            if not deltas._modules:
+                close_path(model, path)
+
+
+def state_of(model: nn.Module, paths: Iterable[str], name: str) -> dict[str, dict[str, Tensor]]:
+    """Return an attached adapter's live tensors by path.
+
+    Raises:
+        AdapterError: a layer was replaced after attach.
+    """
+    return {path: parts_of(find_delta(model, path, name)) for path in paths}
+
+
+def start_rows(layer: nn.Module, ids: Iterable[int]) -> dict[str, Tensor]:
+    """Return the rows of a weight that training starts from: copies of the base's."""
+    weight = layer.get_parameter("weight").detach()
+    return {ROWS: weight[torch.tensor(list(ids), device=weight.device)].clone()}

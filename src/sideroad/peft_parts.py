@@ -1,0 +1,135 @@
+"""What PEFT's configuration says beside pairs: whole modules, token rows, attention's output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sideroad.config import AdapterConfig
+from sideroad.patterns import is_name, matches
+from sideroad.peft_keys import OUTPUT, Sorted
+from sideroad.peft_targets import our_name, their_name, their_value
+
+
+def peft_path(path: str, kinds: Mapping[str, str]) -> str:
+    """Return the module that PEFT's configuration means for a path: of an output projection, its attention."""
+    return path.rpartition(".")[0] if kinds.get(path) == OUTPUT else path
+
+
+def file_rank(leaves: Mapping[str, Tensor], said: Any) -> int:
+    """Return the rank of a pair; a convolution in groups has one for each group, or PEFT's one across all.
+
+    Args:
+        said: what the configuration says, which decides between the two.
+    """
+    A, B = leaves["A"], leaves["B"]
+    return A.shape[0] if A.shape[0] == said else B.shape[1]
+
+
+def file_ranks(
+    fields: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]], kinds: Mapping[str, str]
+) -> dict[str, int]:
+    """Return the rank of every pair of a file."""
+    pattern = fields.get("rank_pattern")
+    said = pattern if isinstance(pattern, dict) else {}
+    ranks = {}
+    for path, leaves in weights.items():
+        if "A" in leaves:
+            grouped = leaves["A"].shape[0] != leaves["B"].shape[1]
+            wanted = their_value(said, peft_path(path, kinds), fields.get("r", 8)) if grouped else None
+            ranks[path] = file_rank(leaves, wanted)
+    return ranks
+
+
+def saved_names(fields: Mapping[str, Any]) -> list[str]:
+    """Return the names in `modules_to_save`; anything but a list of strings is reported later."""
+    found = fields.get("modules_to_save")
+    return [name for name in found if isinstance(name, str) and name] if isinstance(found, list) else []
+
+
+def module_findings(fields: Mapping[str, Any], held: Sorted, source: str) -> list[str]:
+    """Return what is wrong with `modules_to_save`: not a list of names, or named modules that are nowhere in the file."""
+    said = fields.get("modules_to_save")
+    if not (said is None or (isinstance(said, list) and all(isinstance(name, str) and name for name in said))):
+        return [f"{source}: modules_to_save is {said!r}; expected a list of names or null"]
+    if said and not held.modules:
+        return [
+            f"{source}: modules_to_save is {said!r}, but the file holds no such module: what was trained in it is lost. "
+            "Fetch the file again or save the adapter again; without those modules, set modules_to_save to null"
+        ]
+    return []
+
+
+def our_modules(fields: Mapping[str, Any], held: Sorted) -> list[str]:
+    """Return our patterns for the modules that a file holds whole; names that mean none are dropped, as in PEFT."""
+    names = [name for name in saved_names(fields) if any(_ends(path, name) for path in held.modules)]
+    covered = [path for path in held.modules if any(_ends(path, name) for name in names)]
+    return [our_name(name) for name in names] if len(covered) == len(held.modules) else [*map(our_name, held.modules)]
+
+
+def their_modules(config: AdapterConfig, held: Sorted) -> list[str]:
+    """Return `modules_to_save` for a configuration: its names where PEFT reads them alike, else whole paths."""
+    if not held.modules:
+        return []
+    names = [their_name(pattern) for pattern in config.modules_to_save]
+    plain = [name for name in names if name]
+    return plain if len(plain) == len(names) and plain else list(held.modules)
+
+
+def our_tokens(fields: Mapping[str, Any], held: Sorted, source: str) -> tuple[dict[str, list[int]], list[str]]:
+    """Return path → ids of trained rows, and what is wrong with `trainable_token_indices`."""
+    said = fields.get("trainable_token_indices")
+    rows = {path: leaves["rows"] for path, leaves in held.weights.items() if "rows" in leaves}
+    if said is None or said == [] or said == {}:
+        return {}, [f"{source}: {path} has trained rows, but trainable_token_indices is not set" for path in rows]
+    if not (_ids(said) or (isinstance(said, dict) and all(_ids(ids) for ids in said.values()))):
+        return {}, [f"{source}: trainable_token_indices is {said!r}; expected a list of ids, or a mapping to lists"]
+    found, findings = {}, []
+    for path, tensor in rows.items():
+        ids = said if isinstance(said, list) else next((i for name, i in said.items() if _ends(path, name)), None)
+        if ids is None:
+            findings.append(f"{source}: {path} has trained rows, but trainable_token_indices does not name it")
+        elif len(ids) != tensor.shape[0] or len(set(ids)) != len(ids):
+            findings.append(
+                f"{source}: {path} has {tensor.shape[0]} trained rows, but trainable_token_indices lists {len(ids)} ids"
+                f"{', some of them twice' if len(set(ids)) != len(ids) else ''}"
+            )
+        else:
+            found[our_name(path)] = ids
+    if not rows:
+        findings.append(f"{source}: trainable_token_indices is set, but the file holds no trained rows")
+    return found, findings
+
+
+def their_tokens(config: AdapterConfig, held: Sorted) -> dict[str, list[int]]:
+    """Return `trainable_token_indices` by module: under the pattern where PEFT reads it alike, else by whole path."""
+    found: dict[str, list[int]] = {}
+    for path, leaves in held.weights.items():
+        if "rows" in leaves:
+            pattern, ids = next((p, i) for p, i in config.trainable_tokens.items() if matches(p, path))
+            found[pattern if is_name(pattern) else path] = list(ids)
+    return found
+
+
+def follows_embedding(path: str, weights: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether a head's pair is an embedding's pair turned round, which `ensure_weight_tying` adds to the file."""
+    A, B = weights[path]["A"], weights[path]["B"]
+    return any(
+        other != path and "A" in leaves and _turned(A, leaves["B"]) and _turned(B, leaves["A"])
+        for other, leaves in weights.items()
+    )
+
+
+def _turned(one: Tensor, other: Tensor) -> bool:
+    return one.ndim == 2 and other.ndim == 2 and torch.equal(one, other.t())
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _ids(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(type(i) is int and i >= 0 for i in value)

@@ -1,0 +1,187 @@
+"""Where adapters join a model: behind a layer's own forward, or in the forward of the module that owns a weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sideroad.errors import AdapterError
+from sideroad.kinds import kind_of
+from sideroad.methods.lora import LoraDelta
+from sideroad.methods.replaced import Replaced
+from sideroad.route import Deltas, Route, add_child, close_layer, deltas_of, open_layer
+from sideroad.rows import Plan
+
+
+class Seam:
+    """Stands in for a module's `forward`; the module keeps its class, names and weights.
+
+    It serves what no hook behind a layer can: a module trained whole, whose copy is called instead, and projections
+    whose weight another module's forward reads (`nn.MultiheadAttention`), which see a view of their owner that holds
+    the changed weights. Nothing of the model is written, so threads and exceptions leave nothing behind.
+
+    Args:
+        owner: the module; its instance attribute `forward` becomes this object.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.plain = owner.__dict__.get("forward")
+        """A forward that somebody else had set on the instance; it is put back on closing."""
+        # torch's fused encoder layer reads weights without calling the attention, unless a module inside has a hook
+        self.mark = owner.register_forward_hook(_nothing)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the live copy, or the class's own forward on the owner or on its changed view."""
+        deltas = deltas_of(self.owner)
+        plan = None if deltas is None else deltas.route.plan
+        if plan is not None and deltas is not None:
+            return self._by_rows(plan, deltas, args, kwargs)
+        return self._call(None if deltas is None else deltas.route.live, args, kwargs)
+
+    def _call(self, live: Mapping[str, float] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        owner = self.owner
+        copied = live_copy(owner, live or {})
+        if copied is not None:
+            return copied(*args, **kwargs)
+        view = changed_view(owner)
+        if view is not owner:
+            return type(owner).forward(view, *args, **kwargs)
+        return type(owner).forward(owner, *args, **kwargs) if self.plain is None else self.plain(*args, **kwargs)
+
+    def _by_rows(self, plan: Plan, deltas: Deltas, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call one copy for each segment of a mixed batch."""
+        if not any(key in deltas._modules for key in plan.keys):
+            return self._call({}, args, kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or _by_owner(self.owner):
+            raise AdapterError(
+                f"a mixed batch cannot be split before {type(self.owner).__name__}: only modules trained whole that are "
+                "called with one tensor can differ by row. Run one adapter at a time, with using()."
+            )
+        segments = plan.segments(self.owner, args[0], deltas._modules)
+        parts = zip(segments.split(args[0]), segments.weights, strict=True)
+        return segments.join([self._call(weights, (x,), {}) for x, weights in parts])
+
+
+def live_copy(owner: nn.Module, live: Mapping[str, float]) -> nn.Module | None:
+    """Return the copy that acts in a module's place, if any; the handle lets at most one be active."""
+    deltas = deltas_of(owner)
+    found = [] if deltas is None else [deltas._modules.get(key) for key in live]
+    return next((delta.copy for delta in found if isinstance(delta, Replaced)), None)
+
+
+def changed_view(owner: nn.Module) -> nn.Module:
+    """Return a shallow copy of a module whose weights hold the live deltas; the module itself where none is live."""
+    parameters = _changed_weights(owner)
+    children = {
+        name: _view(child, changed)
+        for name, child in owner._modules.items()
+        if child is not None and not isinstance(child, Deltas) and (changed := _changed_weights(child))
+    }
+    return _view(owner, parameters, children) if parameters or children else owner
+
+
+def open_path(model: nn.Module, path: str, route: Route, *, whole: bool = False) -> Deltas:
+    """Return the `lora` child of the module at a path, made and joined to the forward on first use.
+
+    Args:
+        whole: the module is trained whole: its forward is taken over, whatever its kind.
+    """
+    module = model.get_submodule(path)
+    if not whole and not _by_owner(module):
+        return open_layer(module, route)
+    present = deltas_of(module) or add_child(module, route)
+    _take_over(_owner(model, path, module))
+    return present
+
+
+def close_path(model: nn.Module, path: str) -> None:
+    """Undo `open_path`."""
+    module = model.get_submodule(path)
+    owner = _owner(model, path, module)
+    close_layer(module)
+    seam = owner.__dict__.get("forward")
+    if isinstance(seam, Seam) and not _needed(owner):
+        _give_back(owner, seam)
+
+
+def strip(copied: nn.Module) -> nn.Module:
+    """Remove every adapter from a copy of a module, and return it."""
+    for module in list(copied.modules()):
+        close_layer(module)
+        seam = module.__dict__.get("forward")
+        if isinstance(seam, Seam):
+            _give_back(module, seam)
+    return copied
+
+
+def _give_back(owner: nn.Module, seam: Seam) -> None:
+    del owner.__dict__["forward"]
+    if seam.plain is not None:
+        owner.__dict__["forward"] = seam.plain
+    seam.mark.remove()
+
+
+def _take_over(owner: nn.Module) -> None:
+    if isinstance(owner.__dict__.get("forward"), Seam):
+        return
+    if "forward" in owner.__dict__ and isinstance(owner, nn.MultiheadAttention):
+        raise AdapterError(
+            f"the forward of this {type(owner).__name__} was replaced by another library (device hooks?), which would "
+            "not see the adapter's weights; attach the adapter first."
+        )
+    owner.__dict__["forward"] = Seam(owner)
+
+
+def _nothing(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook that changes nothing."""
+
+
+def _by_owner(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.seam == "owner"
+
+
+def _owner(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The module whose forward reads the weight at a path: itself, or the attention around an output projection."""
+    if isinstance(module, nn.MultiheadAttention) or not _by_owner(module):
+        return module
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def _needed(owner: nn.Module) -> bool:
+    inner = [child for child in owner._modules.values() if child is not None and _by_owner(child)]
+    return any(deltas_of(module) is not None for module in (owner, *inner))
+
+
+def _changed_weights(module: nn.Module) -> dict[str, Tensor]:
+    deltas, kind = deltas_of(module), kind_of(module)
+    if deltas is None or kind is None or kind.seam != "owner":
+        return {}
+    plan = deltas.route.plan
+    if plan is not None and any(key in deltas._modules for key in plan.keys):
+        raise AdapterError(
+            f"rows() names an adapter of an attention projection ({type(module).__name__}), whose weight is one for all "
+            "rows of a batch. Run one adapter at a time, with using(), or leave the attention out of its targets."
+        )
+    weight: Tensor = module.get_parameter(kind.weight)
+    stored, changed = weight.dtype, False
+    for key, factor in deltas.route.live.items():
+        delta = deltas._modules.get(key)
+        if isinstance(delta, LoraDelta):
+            weight, changed = delta.changed_weight(weight, factor), True
+    return {kind.weight: weight.to(stored)} if changed else {}
+
+
+def _view(
+    module: nn.Module, parameters: Mapping[str, Tensor], children: Mapping[str, nn.Module] | None = None
+) -> nn.Module:
+    view = copy.copy(module)
+    view.__dict__["_parameters"] = {**module._parameters, **parameters}
+    view.__dict__["_modules"] = {**module._modules, **(children or {})}
+    view.__dict__.pop("forward", None)
+    return view
+

@@ -1,0 +1,226 @@
+"""A model's modules, read once: which can be adapted, which are the output head, and what a configuration means."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import nn
+
+from sideroad.config import AdapterConfig
+from sideroad.errors import did_you_mean
+from sideroad.kinds import ALLOWED, Kind, kind_of
+from sideroad.kinds.embedding import Embedding as EmbeddingKind
+from sideroad.kinds.linear import Linear as LinearKind
+from sideroad.patterns import block_index, is_name, matches, parse_blocks, ranges
+from sideroad.route import walk
+from sideroad.weights import has_trainable_bias
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "classifier", "score", "qa_outputs", "head")
+"""Names of output layers, for models that do not say in their structure which one it is."""
+
+
+class Survey:
+    """A model's modules, read once: by path, the adaptable ones, and the output head.
+
+    Args:
+        model: may live on the meta device and may carry adapters, which are not looked at.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model_name = type(model).__name__
+        self.modules: dict[str, nn.Module] = {}
+        """Every path, aliases of shared modules included."""
+        self.canonical: dict[str, str] = {}
+        """Path → first path of the same module."""
+        first: dict[int, str] = {}
+        for path, module in walk(model):
+            self.modules[path] = module
+            self.canonical[path] = first.setdefault(id(module), path)
+        self.kinds: dict[str, Kind] = {
+            path: kind
+            for path, module in self.modules.items()
+            if path and self.canonical[path] == path and (kind := kind_of(module)) is not None
+        }
+        """Canonical path of each layer that a pair can act on → its kind."""
+        self.adaptable = {path: self.modules[path] for path in self.kinds}
+        self.linear = {path: self.modules[path] for path, kind in self.kinds.items() if kind.linear}
+        self.heads = _heads(model, self.linear)
+
+    def select(self, config: AdapterConfig, findings: list[str]) -> list[str]:
+        """Return the chosen canonical paths in model order; append what is wrong with the patterns to `findings`."""
+        patterns = (config.targets,) if isinstance(config.targets, str) else config.targets
+        chosen: set[str] = set()
+        for pattern in patterns:
+            if pattern == ALL_LINEAR:
+                chosen |= self.linear.keys() - self.heads
+                if not self.linear:
+                    findings.append(f"{self.model_name} has no linear layer inside it that could be adapted.")
+            else:
+                chosen |= self._matched(pattern, findings, config.allow_unmatched)
+        chosen -= self.excluded(config, findings)
+        chosen -= self._inside_whole(config, chosen, findings)
+        blocks = self._blocks(config, findings)
+        if blocks is not None:
+            chosen &= blocks
+        return [path for path in self.adaptable if path in chosen]
+
+    def whole(self, config: AdapterConfig, findings: list[str]) -> list[str]:
+        """Return the paths of modules trained whole, outermost ones only, in model order."""
+        chosen: list[str] = []
+        for pattern in config.modules_to_save:
+            hits = [path for path in self.modules if path and matches(pattern, path)]
+            if not hits and not config.allow_unmatched:
+                names = dict.fromkeys(path.rpartition(".")[2] for path in self.modules if path)
+                guess = did_you_mean(pattern, names) if is_name(pattern) else ""
+                findings.append(f'modules_to_save "{pattern}" matches no module of {self.model_name}.{guess}')
+            empty = [path for path in hits if next(self.modules[path].parameters(), None) is None]
+            findings += [f'modules_to_save "{pattern}" means {path}, which has no parameters.' for path in empty[:1]]
+            chosen += [self.canonical[path] for path in hits]
+        wanted = set(chosen)
+        return [path for path in self.modules if path in wanted and not _inside(path, wanted)]
+
+    def rows(self, config: AdapterConfig, findings: list[str]) -> dict[str, tuple[int, ...]]:
+        """Return the paths of embeddings and heads of which rows are trained, with the token ids."""
+        found: dict[str, tuple[int, ...]] = {}
+        for pattern, ids in config.trainable_tokens.items():
+            hits = [path for path in self.modules if path and matches(pattern, path)]
+            good = {self.canonical[path] for path in hits} & _row_layers(self).keys()
+            if not hits and config.allow_unmatched:
+                continue
+            if not good:
+                there = ", ".join(path for path, layer in _row_layers(self).items() if isinstance(layer, nn.Embedding))
+                what = "matches no module" if not hits else f"means {type(self.modules[hits[0]]).__name__} ({hits[0]})"
+                findings.append(
+                    f'trainable_tokens "{pattern}" {what}; rows can be trained of embeddings ({there}) and linear heads.'
+                )
+            for path in good:
+                count = _row_layers(self)[path].get_parameter("weight").shape[0]
+                over = [one for one in ids if one >= count]
+                if over:
+                    findings.append(
+                        f"trainable_tokens {over[:5]} of {path} are outside its {count} rows; call "
+                        f"resize_token_embeddings({max(ids) + 1}) first if they are new."
+                    )
+                found.setdefault(path, ids)
+        return {path: found[path] for path in self.modules if path in found}
+
+    def _inside_whole(self, config: AdapterConfig, chosen: set[str], findings: list[str]) -> set[str]:
+        """Chosen paths that are trained anyway, being in a module that is trained whole."""
+        whole = set(self.whole(config, []))
+        inside = {path for path in chosen if path in whole or _inside(path, whole)}
+        rows = set(self.rows(config, []))
+        findings += [
+            f"{path} is a target, and some of its rows are in trainable_tokens; train one or the other."
+            for path in sorted(chosen & rows)
+        ]
+        findings += [
+            f"{path} is in modules_to_save, and some of its rows are in trainable_tokens; train one or the other."
+            for path in sorted(rows)
+            if path in whole or _inside(path, whole)
+        ]
+        return inside
+
+    def biases(self, config: AdapterConfig, targets: Iterable[str]) -> tuple[str, ...]:
+        """Return the paths whose bias `config.bias` trains, in model order."""
+        if config.bias == "none":
+            return ()
+        whole = set(self.whole(config, []))
+        everywhere = {path for path in self.modules if path not in whole and not _inside(path, whole)}
+        wanted = set(targets) if config.bias == "adapted" else everywhere - self.excluded(config, [])
+        return tuple(
+            path
+            for path, module in self.modules.items()
+            if path in wanted and self.canonical[path] == path and has_trainable_bias(module)
+        )
+
+    def leaves(self) -> list[str]:
+        """Return the distinct last names of adaptable layers, in model order."""
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.adaptable))
+
+    def found(self) -> str:
+        """Return the sentence that lists the layers there are."""
+        return f"Layers found: {', '.join(self.leaves()) or 'none'}."
+
+    def _matched(self, pattern: str, findings: list[str], allow: bool) -> set[str]:
+        """Canonical adaptable paths that one target pattern means; a name must mean nothing else."""
+        hits = [path for path in self.modules if path and matches(pattern, path)]
+        good = {self.canonical[path] for path in hits if self.canonical[path] in self.adaptable}
+        wrong = [path for path in hits if self.canonical[path] not in self.adaptable]
+        if not hits and not allow:
+            findings.append(self._near_miss("target", pattern))
+        elif wrong and (is_name(pattern) or not good):
+            kinds = Counter(type(self.modules[path]).__name__ for path in wrong)
+            shown = ", ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items())
+            findings.append(
+                f'target "{pattern}" means {shown} ({wrong[0]}{", …" if len(wrong) > 1 else ""}) in {self.model_name}, '
+                f"which cannot be adapted; allowed: {ALLOWED}.\n  {self.found()}"
+            )
+        return good
+
+    def excluded(self, config: AdapterConfig, findings: list[str]) -> set[str]:
+        """Return the canonical paths that `exclude` means; append what is wrong with it to `findings`."""
+        excluded: set[str] = set()
+        for pattern in config.exclude:
+            hits = {self.canonical[path] for path in self.modules if path and matches(pattern, path)}
+            useful = hits & self.adaptable.keys()
+            if config.bias == "all":
+                useful |= {path for path in hits if "bias" in self.modules[path]._parameters}
+            if hits and not useful:
+                findings.append(
+                    f'exclude "{pattern}" names no layer but {type(self.modules[min(hits)]).__name__} ({min(hits)}); '
+                    f'a glob such as "*{pattern}.*" covers what is inside.'
+                )
+            elif not hits and not config.allow_unmatched:
+                findings.append(self._near_miss("exclude", pattern))
+            excluded |= useful
+        return excluded
+
+    def _near_miss(self, what: str, pattern: str) -> str:
+        guess = did_you_mean(pattern, self.leaves()) if is_name(pattern) else ""
+        return f'{what} "{pattern}" matches no layer of {self.model_name}.\n  {self.found()}\n {guess}'.rstrip()
+
+    def _blocks(self, config: AdapterConfig, findings: list[str]) -> set[str] | None:
+        """Paths in the requested blocks; None where no blocks are requested."""
+        if config.layers is None:
+            if config.layers_pattern is not None:
+                findings.append('layers_pattern is set without layers; give both, such as layers: "0-3".')
+            return None
+        index_of = {path: block_index(path, config.layers_pattern) for path in self.adaptable}
+        present = sorted({index for index in index_of.values() if index is not None})
+        if not present:
+            where = f'a block list named "{config.layers_pattern}"' if config.layers_pattern else "a numbered list"
+            findings.append(f"layers asks for blocks, but no layer of {self.model_name} is inside {where}.")
+            return set()
+        wanted = parse_blocks(config.layers, present[-1], findings)
+        missing = sorted(wanted - set(present))
+        if missing:
+            findings.append(
+                f"layers asks for {ranges(missing)}, but {self.model_name} has blocks {ranges(present)} only."
+            )
+        return {path for path, index in index_of.items() if index in wanted}
+
+
+def _inside(path: str, outer: Collection[str]) -> bool:
+    """Whether a path lies below one of the others."""
+    parts = path.split(".")
+    return any(".".join(parts[:count]) in outer for count in range(1, len(parts)))
+
+
+def _row_layers(survey: Survey) -> dict[str, nn.Module]:
+    """Layers whose weight is [tokens, dim]: embeddings and linear layers."""
+    kinds = (EmbeddingKind, LinearKind)
+    return {path: survey.modules[path] for path, kind in survey.kinds.items() if type(kind) in kinds}
+
+
+def _heads(model: nn.Module, adaptable: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the output head: what the model says it is, what stands beside its base model, else known names."""
+    ask = getattr(model, "get_output_embeddings", None)
+    output = ask() if callable(ask) else None
+    heads = {path for path, layer in adaptable.items() if layer is output}
+    inner = model._modules.get(str(getattr(model, "base_model_prefix", "") or ""))
+    if inner is not None:
+        inside = {id(module) for module in inner.modules()}
+        return heads | {path for path, layer in adaptable.items() if id(layer) not in inside}
+    return heads or {path for path in adaptable if path in HEADS}
