@@ -55,12 +55,11 @@ class Route:
         self.plan, self.off = None, False
 
     def switch_rows(self, plan: Plan) -> None:
-        """Let the adapters of a plan act, each on its rows.
+        """Let the adapters of a plan act, each on its rows, inside a `kept` block.
 
         Raises:
-            AdapterError: another thread has an open block, or a `disabled` block asks for the base.
+            AdapterError: a `disabled` block asks for the base.
         """
-        self.refuse_strangers()
         if self.off:
             raise AdapterError(
                 "rows() inside a disabled() block: the one names adapters, the other asks for the base; leave one out."
