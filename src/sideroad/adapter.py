@@ -19,7 +19,7 @@ from sideroad.files import JSON, json_text, parse_object, read_json, replace_dir
 from sideroad.lowrank import LowRank
 from sideroad.pairs import blocks, compact, enabled, matrices, out_of, slices_of, spread
 from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, write_config
-from sideroad.peft_keys import BASE, Sorted, from_tensors, to_tensors
+from sideroad.peft_keys import BASE, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
 from sideroad.scaling import RULES, scale
 from sideroad.targets import alpha_of, rank_of
 from sideroad.tensor_checks import weight_findings
@@ -49,7 +49,8 @@ class Adapter:
             only `bias`; `rows` [ids, dim] of trained tokens. Ranks come from these tensors, whatever `config` says.
         base: the model it was made for.
         modules: path of a module trained whole → its state.
-        kinds: path → `embedding` or `attention-output`, for layers whose tensors PEFT's files name in another way.
+        kinds: path → `embedding`, `attention-output` or `peft-convolution`, for pairs that files name, or PEFT computes,
+            in another way.
         foreign: harmless fields of others in adapter_config.json; they are written back as they are.
         manifest: our own extras, kept in sideroad.json beside PEFT's files; any JSON but the names in `RESERVED`.
     """
@@ -129,13 +130,14 @@ class Adapter:
         raise_findings(AdapterError, f"{directory} cannot be used", [*reading.findings, *shorten(findings)])
         manifest = read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
         base, exact = manifest.pop("base", None), manifest.pop("config", None)
+        theirs = [] if exact is not None else _convolutions(found.weights)
         adapter = cls(
             config=reading.config,
             weights=found.weights,
             base=_base(reading, base, directory),
             task_type=reading.task_type,
             modules=found.modules,
-            kinds=found.kinds,
+            kinds=found.kinds | dict.fromkeys(theirs, PEFT_CONVOLUTION),
             foreign=reading.foreign,
             manifest=manifest,
         )
@@ -202,7 +204,8 @@ class Adapter:
         if self.base and (self.base.source or self.base.sha256 or self.base.licence):
             extras["base"] = asdict(self.base)
         agrees = all(rank_of(self.config, path) == rank for path, rank in self.ranks.items())
-        if again.config != exact and agrees:
+        ours = [path for path in _convolutions(self.weights) if self.kinds.get(path) != PEFT_CONVOLUTION]
+        if (again.config != exact or ours) and agrees:
             extras["config"] = exact.model_dump(mode="json")
         try:
             # Parsing again refuses what Python would write but no strict reader accepts.
@@ -281,6 +284,10 @@ def _bias_findings(config: AdapterConfig, weights: Mapping[str, Mapping[str, Ten
         f"there is a bias for {', '.join(stray[:3])}{more}, but the configuration trains {config.bias!r} biases "
         "(PEFT's bias: none, lora_only, all); set it to what the file holds"
     ]
+
+
+def _convolutions(weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    return [path for path, leaves in weights.items() if "A" in leaves and leaves["A"].ndim > 2]
 
 
 def _stored_float32(weights: Mapping[str, Mapping[str, Tensor]]) -> bool:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
 from sideroad.config import AdapterConfig
+from sideroad.copies import settle_copies
 from sideroad.errors import AdapterError, did_you_mean, raise_findings
 from sideroad.joining import Placed, find_row_ties, state_without_adapters
 from sideroad.kinds import ALLOWED
 from sideroad.kinds.convolution import CLASSES
+from sideroad.kinds.embedding import Embedding as EmbeddingKind
 from sideroad.methods import PARTS, ROWS, tokens_of
 from sideroad.pairs import pair_shapes
+from sideroad.peft_keys import PEFT_CONVOLUTION
 from sideroad.route import deltas_of
 from sideroad.survey import Survey
 from sideroad.weights import has_trainable_bias
@@ -35,7 +39,10 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
             wrong shape, layers that its targets mean but that it has no tensors for; all of them, and the base that
             the adapter says it was made for.
     """
+    value, strays = settle_copies(survey, _parted(survey, value))
     problems: dict[tuple[str, str], list[str]] = {}
+    for path, problem in strays:
+        problems.setdefault((path.rpartition(".")[2], problem), []).append(path)
     placed: dict[str, Mapping[str, Tensor]] = {}
     modules: dict[str, Mapping[str, Tensor]] = {}
     layout = layout_of(value.weights)
@@ -44,7 +51,10 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
         found = (
             _whole_problems(survey, path, layout_of(value.modules)[path])
             if whole
-            else _module_problems(survey, value.config, path, layout[path])
+            else [
+                *_module_problems(survey, value.config, path, layout[path]),
+                *_kind_problems(survey, path, layout[path], value.kinds.get(path)),
+            ]
         )
         for problem in found:
             problems.setdefault((path.rpartition(".")[2], problem), []).append(path)
@@ -67,13 +77,28 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
     )
 
 
+def _parted(survey: Survey, value: Adapter) -> Adapter:
+    """The same adapter with the state of containers trained whole given child by child, as `Survey.whole` does."""
+    modules: dict[str, Mapping[str, Tensor]] = {}
+    for path, state in value.modules.items():
+        inner = survey.parts(path) if path in survey.modules else [path]
+        if inner == [path] or not inner:
+            modules[path] = state
+            continue
+        for part in inner:
+            below = f"{part.removeprefix(path).lstrip('.')}."
+            modules[part] = {name.removeprefix(below): one for name, one in state.items() if name.startswith(below)}
+    return replace(value, modules=modules)
+
+
 def compare_layouts(survey: Survey, value: Adapter, name: str, present: Layout) -> dict[str, Mapping[str, Tensor]]:
     """Return the adapter's tensors by the model's paths, if they are exactly those that `present` has.
 
     Raises:
         AdapterError: every tensor that is missing, unknown or of another shape.
     """
-    placed = {survey.canonical.get(path, path): parts for path, parts in (value.weights | value.modules).items()}
+    value, _ = settle_copies(survey, _parted(survey, value))
+    placed = {survey.canonical.get(path, path): parts for path, parts in {**value.weights, **value.modules}.items()}
     given = layout_of(placed)
     findings = []
     for path in dict.fromkeys([*present, *given]):
@@ -149,6 +174,26 @@ def _shape_problems(
     for part, shape in zip("AB", needed, strict=True):
         if parts[part] != shape:
             yield f"has {part} of shape {list(parts[part])}; the layer needs {list(shape)} for rank {rank}"
+
+
+def _kind_problems(
+    survey: Survey, path: str, parts: Mapping[str, tuple[int, ...]], said: str | None
+) -> Iterable[str]:
+    """Sentences about a pair that was made for another kind of layer, or computed in another way."""
+    kind, layer = survey.kinds.get(survey.canonical.get(path, path)), survey.modules.get(path)
+    if "A" not in parts or kind is None:
+        return
+    embedding = EmbeddingKind.name
+    if (said == embedding) != (kind.name == embedding):
+        made, found = ("an embedding", "not one") if said == embedding else ("another kind of layer", "an embedding")
+        yield f"has a pair that was made for {made}, but this {type(layer).__name__} is {found}"
+    if said == PEFT_CONVOLUTION and isinstance(layer, CLASSES):
+        if layer.padding_mode != "zeros" or any(step != 1 for step in layer.dilation):
+            yield (
+                f"has a pair of PEFT, which trains A without dilation and padding mode; this {type(layer).__name__} has "
+                f"dilation={layer.dilation}, padding_mode={layer.padding_mode!r}, so the pair would act otherwise here. "
+                "Train it again here, where A has the layer's geometry"
+            )
 
 
 def _row_problems(

@@ -15,6 +15,11 @@ EMBEDDING = "embedding"
 """Kind of a path whose pair PEFT names `lora_embedding_A`, `lora_embedding_B`."""
 OUTPUT = "attention-output"
 """Kind of the output projection in `nn.MultiheadAttention`, whose pair PEFT names `<attention>.base_layer.out_proj`."""
+PEFT_CONVOLUTION = "peft-convolution"
+"""Kind of a path whose pair on a convolution PEFT has trained: its A knows neither dilation nor padding mode."""
+TWICE = 2
+"""How often PEFT (measured up to 0.21.2) adds the change of such an output projection. In memory B holds what acts, so
+B is doubled on reading and halved on writing, which is exact; files mean the same here and there."""
 BASE = "base"
 """Leaf that holds a whole weight which PEFT saved unasked: of an embedding or head, or of a layer beside its pair.
 Attaching compares it with the base: equal, it is dropped; different, it replaces the layer's or is refused."""
@@ -87,7 +92,9 @@ def to_tensors(
 ) -> dict[str, Tensor]:
     """Name every tensor as PEFT's files do."""
     named = {
-        module_key(path, leaf, adapted="A" in leaves, kind=kinds.get(path)): tensor
+        module_key(path, leaf, adapted="A" in leaves, kind=kinds.get(path)): (
+            tensor / TWICE if (kinds.get(path), leaf) == (OUTPUT, "B") else tensor
+        )
         for path, leaves in weights.items()
         for leaf, tensor in leaves.items()
         if leaf != BASE or "A" not in leaves
@@ -114,7 +121,7 @@ def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> 
         where = (found.modules if placed.whole else found.weights).setdefault(placed.path, {})
         if placed.leaf in where:
             refused.setdefault("a second tensor for the same place", []).append(key)
-        where[placed.leaf] = tensor
+        where[placed.leaf] = tensor * TWICE if (placed.kind, placed.leaf) == (OUTPUT, "B") else tensor
         if placed.kind:
             found.kinds[placed.path] = placed.kind
     found.findings = [f"{_some(keys)}: {what}" for what, keys in refused.items()]

@@ -17,6 +17,9 @@ from sideroad.route import walk
 from sideroad.weights import has_trainable_bias
 
 ALL_LINEAR = "all-linear"
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Modules that run over their children."""
+
 HEADS = ("lm_head", "classifier", "score", "qa_outputs", "head")
 """Names of output layers, for models that do not say in their structure which one it is."""
 
@@ -67,7 +70,7 @@ class Survey:
         return [path for path in self.adaptable if path in chosen]
 
     def whole(self, config: AdapterConfig, findings: list[str]) -> list[str]:
-        """Return the paths of modules trained whole, outermost ones only, in model order."""
+        """Return the paths of modules trained whole, outermost ones only, in model order; containers part by part."""
         chosen: list[str] = []
         for pattern in config.modules_to_save:
             hits = [path for path in self.modules if path and matches(pattern, path)]
@@ -79,7 +82,19 @@ class Survey:
             findings += [f'modules_to_save "{pattern}" means {path}, which has no parameters.' for path in empty[:1]]
             chosen += [self.canonical[path] for path in hits]
         wanted = set(chosen)
-        return [path for path in self.modules if path in wanted and not _inside(path, wanted)]
+        outermost = [path for path in self.modules if path in wanted and not _inside(path, wanted)]
+        return [part for path in outermost for part in self.parts(path)]
+
+    def parts(self, path: str) -> list[str]:
+        """Return the modules that stand for the one at a path when it is trained whole.
+
+        A container is its children: it runs over whatever modules it has, so it cannot be given one more.
+        """
+        module = self.modules[path]
+        if not isinstance(module, CONTAINERS):
+            return [path] if next(module.parameters(), None) is not None else []
+        names = [name for name, child in module._modules.items() if child is not None]
+        return [part for name in names for part in self.parts(f"{path}.{name}")]
 
     def rows(self, config: AdapterConfig, findings: list[str]) -> dict[str, tuple[int, ...]]:
         """Return the paths of embeddings and heads of which rows are trained, with the token ids."""

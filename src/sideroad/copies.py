@@ -1,0 +1,67 @@
+"""Whole weights that PEFT saved unasked: of embeddings and heads, and of layers beside their pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sideroad.adapter import Adapter
+from sideroad.joining import find_row_ties, state_without_adapters
+from sideroad.methods import ROWS, tokens_of
+from sideroad.peft_keys import BASE
+from sideroad.survey import Survey
+
+
+def settle_copies(survey: Survey, value: Adapter) -> tuple[Adapter, list[tuple[str, str]]]:
+    """Drop the copies that are the base's own weights; let the others replace the layer's, where that is exact.
+
+    A resized vocabulary is saved so, with the rows trained in it: the whole weight then acts, rows in place.
+
+    Returns:
+        The adapter without copies, and (path, sentence) for each copy that cannot be honoured.
+    """
+    weights, modules = dict(value.weights), dict(value.modules)
+    problems: list[tuple[str, str]] = []
+    for path, leaves in value.weights.items():
+        if BASE not in leaves:
+            continue
+        rest = {leaf: tensor for leaf, tensor in leaves.items() if leaf != BASE}
+        weights[path] = rest
+        layer = survey.modules.get(path)
+        own = None if layer is None else layer._parameters.get("weight")
+        if layer is None or own is None:
+            problems.append((path, "has a whole weight in the file, but no such layer is in the model"))
+        elif own.is_meta or _same(leaves[BASE], own):
+            pass
+        elif "A" in leaves:
+            what = "holds a copy of the base's weight beside its pair, which is not this base's: it was made for another"
+            problems.append((path, what))
+        else:
+            changed = _with_rows(leaves[BASE], leaves, tokens_of(value.config, path))
+            shared = [path] if tuple(own.shape) != tuple(changed.shape) else [path, *_ties(survey, path)]
+            for one in shared:
+                modules[one] = {**state_without_adapters(survey.modules[one]), "weight": changed}
+            weights[path] = {leaf: tensor for leaf, tensor in rest.items() if leaf != ROWS}
+    kept = {path: leaves for path, leaves in weights.items() if leaves and path not in modules}
+    return replace(value, weights=kept, modules=modules), problems
+
+
+def _same(copy: Tensor, own: Tensor) -> bool:
+    """Whether a copy holds a weight's values, in the narrower of both types."""
+    if copy.shape != own.shape:
+        return False
+    narrow = min(copy.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(copy.to(own.device, narrow), own.detach().to(narrow))
+
+
+def _with_rows(weight: Tensor, leaves: Mapping[str, Tensor], ids: tuple[int, ...]) -> Tensor:
+    if ROWS not in leaves:
+        return weight
+    return weight.index_copy(0, torch.tensor(ids), leaves[ROWS].to(weight))
+
+
+def _ties(survey: Survey, path: str) -> list[str]:
+    return list(find_row_ties(survey, [path]))
