@@ -63,7 +63,7 @@ def test_every_kind_of_problem_at_once() -> None:
     }
     text = refused(replace(one, weights=weights))
     for part in (
-        "9 problems",
+        "8 problems",
         "has unknown tensors magnitude; allowed: A, B, bias",
         "has A but lacks B",
         "model.embed_tokens: has A of shape [8, 32]; the layer needs [8, 259] for rank 8",

@@ -45,12 +45,12 @@ class Adapter:
 
     Args:
         weights: module path → `A` [rank, in] and `B` [out, rank] (other kinds of layers: `sideroad.kinds`; slices:
-            compact, `sideroad.pairs`), and `bias` [out] where one was trained; a module whose bias alone was trained has
-            only `bias`; `rows` [ids, dim] of trained tokens. Ranks come from these tensors, whatever `config` says.
+            compact, `sideroad.pairs`), and `bias` [out] where one was trained; a module whose bias alone was trained
+            has only `bias`; `rows` [ids, dim] of trained tokens. Ranks come from these tensors, whatever `config` says.
         base: the model it was made for.
         modules: path of a module trained whole → its state.
-        kinds: path → `embedding`, `attention-output` or `peft-convolution`, for pairs that files name, or PEFT computes,
-            in another way.
+        kinds: path → `embedding`, `attention-output` or `peft-convolution`, for pairs that files name, or PEFT
+            computes, in another way.
         foreign: harmless fields of others in adapter_config.json; they are written back as they are.
         manifest: our own extras, kept in sideroad.json beside PEFT's files; any JSON but the names in `RESERVED`.
     """
@@ -182,8 +182,8 @@ class Adapter:
             weights[path] = {**leaves, "B": spread(leaves["B"], blocks(parts, out), out)}
             ranks[f"re:{re.escape(path)}"] = each * count
             # the scale stays the same: s(alpha', count · rank) = s(alpha, rank)
-            alphas[f"re:{re.escape(path)}"] = alpha_of(self.config, path) * RULES[self.config.method.scaling](1.0, each) \
-                / RULES[self.config.method.scaling](1.0, each * count)  # fmt: skip
+            rule = RULES[self.config.method.scaling]
+            alphas[f"re:{re.escape(path)}"] = alpha_of(self.config, path) * rule(1.0, each) / rule(1.0, each * count)
         config = self.config.model_copy(
             update={
                 "slices": {},

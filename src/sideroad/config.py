@@ -53,7 +53,7 @@ class AdapterConfig(Settings):
     """
 
     targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the output head), or one or more patterns. Patterns may also name embeddings,
+    """`all-linear` (every linear layer but the output head), or one or more patterns, which may also name embeddings,
     convolutions and attention; none at all where only `modules_to_save` or `trainable_tokens` are trained."""
     exclude: tuple[str, ...] = ()
     """Patterns of layers to leave alone."""
@@ -69,7 +69,7 @@ class AdapterConfig(Settings):
     """Pattern → alpha where it differs from the method's; the first match counts."""
     slices: Mapping[str, tuple[Slice, ...]] = {}
     """Pattern of fused linear layers → which parts of their output have a pair of their own, of `rank` each: `[true,
-    false, true]` for q and v of a fused qkv, `[[64, true], [16, false], [16, true]]` where the parts differ in width."""
+    false, true]` for q and v of a fused qkv, `[[64, true], [16, false], [16, true]]` where widths differ."""
     modules_to_save: tuple[str, ...] = ()
     """Patterns of modules of which a copy is trained whole, such as a new classifier."""
     trainable_tokens: Mapping[str, tuple[Annotated[int, Field(ge=0)], ...]] = {}

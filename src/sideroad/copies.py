@@ -37,15 +37,16 @@ def settle_copies(survey: Survey, value: Adapter) -> tuple[Adapter, list[tuple[s
         elif own.is_meta or _same(leaves[BASE], own):
             pass
         elif "A" in leaves:
-            what = "holds a copy of the base's weight beside its pair, which is not this base's: it was made for another"
-            problems.append((path, what))
+            text = "holds a copy of the base's weight beside its pair, which is not this base's: made for another"
+            problems.append((path, text))
         else:
             changed = _with_rows(leaves[BASE], leaves, tokens_of(value.config, path))
             shared = [path] if tuple(own.shape) != tuple(changed.shape) else [path, *_ties(survey, path)]
             for one in shared:
                 modules[one] = {**state_without_adapters(survey.modules[one]), "weight": changed}
             weights[path] = {leaf: tensor for leaf, tensor in rest.items() if leaf != ROWS}
-    kept = {path: leaves for path, leaves in weights.items() if leaves and path not in modules}
+    settled = {path for path, leaves in value.weights.items() if BASE in leaves}
+    kept = {path: leaves for path, leaves in weights.items() if leaves or path not in settled}
     return replace(value, weights=kept, modules=modules), problems
 
 

@@ -71,10 +71,10 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
         findings.append("it has no tensors at all.")
     _raise(survey, value, name, findings)
     order = {path: index for index, path in enumerate(survey.modules)}
-    return Placed(
-        *(dict(sorted(found.items(), key=lambda item: order[item[0]])) for found in (placed, modules)),
-        find_row_ties(survey, [path for path, parts in placed.items() if ROWS in parts]),
+    placed, modules = (
+        dict(sorted(found.items(), key=lambda item: order[item[0]])) for found in (placed, modules)
     )
+    return Placed(placed, modules, find_row_ties(survey, [path for path in placed if ROWS in placed[path]]))
 
 
 def _parted(survey: Survey, value: Adapter) -> Adapter:
@@ -190,9 +190,9 @@ def _kind_problems(
     if said == PEFT_CONVOLUTION and isinstance(layer, CLASSES):
         if layer.padding_mode != "zeros" or any(step != 1 for step in layer.dilation):
             yield (
-                f"has a pair of PEFT, which trains A without dilation and padding mode; this {type(layer).__name__} has "
-                f"dilation={layer.dilation}, padding_mode={layer.padding_mode!r}, so the pair would act otherwise here. "
-                "Train it again here, where A has the layer's geometry"
+                "has a pair of PEFT, which trains A without dilation and padding mode; this "
+                f"{type(layer).__name__} has dilation={layer.dilation}, padding_mode={layer.padding_mode!r}, so the "
+                "pair would act otherwise here. Train it again here, where A has the layer's geometry"
             )
 
 

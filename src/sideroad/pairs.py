@@ -59,12 +59,12 @@ def spread(B: Tensor, where: Blocks, out_features: int) -> Tensor:
     Args:
         B: [rows of all blocks, rank].
     """
-    parts = B.split([stop - start for start, stop in where])
-    square = torch.block_diag(*parts)
+    widths = [stop - start for start, stop in where]
+    square: Tensor = torch.block_diag(*torch.split(B, widths))  # type: ignore[no-untyped-call]
     edges = [0, *(edge for block in where for edge in block), out_features]
     gaps = [edges[index + 1] - edges[index] for index in range(0, len(edges), 2)]
     pieces = [square.new_zeros(gaps[0], square.shape[1])]
-    for piece, gap in zip(square.split([stop - start for start, stop in where]), gaps[1:], strict=True):
+    for piece, gap in zip(torch.split(square, widths), gaps[1:], strict=True):
         pieces += [piece, square.new_zeros(gap, square.shape[1])]
     return torch.cat(pieces)
 

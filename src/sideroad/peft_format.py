@@ -90,8 +90,8 @@ def read_config(
         for name, value in (("task_type", task), ("base_model_name_or_path", base))
         if not isinstance(value, str | None)
     ]
-    tokens, wrong = our_tokens(fields, held, source)
-    findings += [*trouble, *numbers.findings, *_target_findings(fields, source), *wrong]
+    tokens, wrong_tokens = our_tokens(fields, held, source)
+    findings += [*trouble, *numbers.findings, *_target_findings(fields, source), *wrong_tokens]
     findings += module_findings(fields, held, source)
     if not findings:
         findings += _fit_findings(fields, ranks, rank, rank_pattern, source, held)

@@ -51,14 +51,14 @@ def saved_names(fields: Mapping[str, Any]) -> list[str]:
 
 
 def module_findings(fields: Mapping[str, Any], held: Sorted, source: str) -> list[str]:
-    """Return what is wrong with `modules_to_save`: not a list of names, or named modules that are nowhere in the file."""
+    """Return what is wrong with `modules_to_save`: not a list of names, or named modules that are not in the file."""
     said = fields.get("modules_to_save")
     if not (said is None or (isinstance(said, list) and all(isinstance(name, str) and name for name in said))):
         return [f"{source}: modules_to_save is {said!r}; expected a list of names or null"]
     if said and not held.modules:
         return [
-            f"{source}: modules_to_save is {said!r}, but the file holds no such module: what was trained in it is lost. "
-            "Fetch the file again or save the adapter again; without those modules, set modules_to_save to null"
+            f"{source}: modules_to_save is {said!r}, but the file holds no such module: what was trained in it is "
+            "lost. Fetch the file again or save the adapter again; without those modules, set modules_to_save to null"
         ]
     return []
 

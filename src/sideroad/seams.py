@@ -58,8 +58,8 @@ class Seam:
             return self._call({}, args, kwargs)
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or _by_owner(self.owner):
             raise AdapterError(
-                f"a mixed batch cannot be split before {type(self.owner).__name__}: only modules trained whole that are "
-                "called with one tensor can differ by row. Run one adapter at a time, with using()."
+                f"a mixed batch cannot be split before {type(self.owner).__name__}: only modules trained whole that "
+                "are called with one tensor can differ by row. Run one adapter at a time, with using()."
             )
         segments = plan.segments(self.owner, args[0], deltas._modules)
         parts = zip(segments.split(args[0]), segments.weights, strict=True)
@@ -164,8 +164,8 @@ def _changed_weights(module: nn.Module) -> dict[str, Tensor]:
     plan = deltas.route.plan
     if plan is not None and any(key in deltas._modules for key in plan.keys):
         raise AdapterError(
-            f"rows() names an adapter of an attention projection ({type(module).__name__}), whose weight is one for all "
-            "rows of a batch. Run one adapter at a time, with using(), or leave the attention out of its targets."
+            f"rows() names an adapter of an attention projection ({type(module).__name__}), whose weight is one for "
+            "all rows of a batch. Run one adapter at a time, with using(), or leave the attention out of its targets."
         )
     weight: Tensor = module.get_parameter(kind.weight)
     stored, changed = weight.dtype, False

@@ -108,7 +108,7 @@ class Survey:
                 there = ", ".join(path for path, layer in _row_layers(self).items() if isinstance(layer, nn.Embedding))
                 what = "matches no module" if not hits else f"means {type(self.modules[hits[0]]).__name__} ({hits[0]})"
                 findings.append(
-                    f'trainable_tokens "{pattern}" {what}; rows can be trained of embeddings ({there}) and linear heads.'
+                    f'trainable_tokens "{pattern}" {what}; rows can be trained of embeddings ({there}) and heads.'
                 )
             for path in good:
                 count = _row_layers(self)[path].get_parameter("weight").shape[0]

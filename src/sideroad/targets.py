@@ -142,7 +142,7 @@ def _check_slices(survey: Survey, config: AdapterConfig, chosen: Iterable[str]) 
     for path in chosen:
         parts = slices_of(config, path)
         if parts is not None and not survey.kinds[path].linear:
-            findings.append(f"slices are given for {path}, which is no linear layer; only fused linear layers have any.")
+            findings.append(f"slices are given for {path}, which is no linear layer; only fused linear layers have.")
         elif parts is not None:
             try:
                 blocks(parts, layer_shape(survey.adaptable[path])[0])
@@ -194,6 +194,6 @@ def _check_biases(survey: Survey, config: AdapterConfig, targets: Iterable[str])
     if not other:
         return []
     return [
-        f'bias is "all", but these biases cannot be trained: {", ".join(other)}; allowed: Linear, Conv1D, convolutions, LayerNorm. '
-        "Exclude them, or set bias: adapted."
+        f'bias is "all", but these biases cannot be trained: {", ".join(other)}; allowed: Linear, Conv1D, '
+        "convolutions, LayerNorm. Exclude them, or set bias: adapted."
     ]

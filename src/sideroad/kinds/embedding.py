@@ -58,7 +58,7 @@ class Embedding:
     def add(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, factor: Tensor | float) -> Tensor:
         """Return y + factor · embed_scale · (rows x of Aᵀ) Bᵀ."""
         padding = layer.padding_idx if isinstance(layer, nn.Embedding) else None
-        low = functional.embedding(x, A.to(y.dtype).t(), padding_idx=padding)  # type: ignore[arg-type]
+        low = functional.embedding(x, A.to(y.dtype).t(), padding_idx=padding)
         return add_product(y, low * embed_scale(layer, low), B, factor)
 
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Kind(Protocol):
         """Whether `all-linear` means this kind."""
 
     def claims(self, layer: nn.Module) -> bool:
-        """Whether a layer is of this kind: the class, a floating-point weight of the promised shape, a plain forward."""
+        """Whether a layer is of this kind: its class, a floating-point weight of the right shape, a plain forward."""
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         """Return (out, in) of the weight seen as a matrix."""

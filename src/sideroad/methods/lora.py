@@ -95,8 +95,8 @@ class LoraDelta(nn.Module):
         if isinstance(layer, CLASSES) and sees_all_inputs(layer, self.A):
             raise MergeError(
                 f"this adapter's pair on a {type(layer).__name__} with groups={layer.groups} is of PEFT's form, which "
-                "reaches across the groups: no weight of that layer can hold its change. Use it unmerged; pairs trained "
-                "here (one for each group) can be merged."
+                "reaches across the groups: no weight of that layer can hold its change. Use it unmerged; pairs "
+                "trained here (one for each group) can be merged."
             )
         A, B = self.A.detach().float(), self.B.detach().float() * self.scale
         return LowRank(*matrices(A, B, self.where, self.out_features))
