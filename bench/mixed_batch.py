@@ -125,7 +125,7 @@ def cell(theirs: Any, handle: Attached, rows: list[str], ids: Tensor, options: a
 
 
 def table(cells: dict[str, Measured]) -> str:
-    """Return the results as lines of text: milliseconds, and times as long as ours with the middle half of the rounds."""
+    """Return the results as lines of text: milliseconds, and times as long as ours (middle half of the rounds)."""
     compared = (("forward", "peft"), ("forward", "loop"), ("forward and backward", "loop"))
     head = f"{'adapters, rows':<16}{'ours ms':>9}{'PEFT':>22}{'loop':>22}{'step ms':>9}{'loop of steps':>22}"
     lines = [head]

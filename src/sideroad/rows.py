@@ -19,31 +19,33 @@ class Segments:
     """Rows of one layer's input grouped by the adapters that act on them there.
 
     Args:
+        runs: lengths of the runs of rows that lie together, in the batch's order; they add up to its size.
         weights: adapter key → weight, one mapping a segment; an empty one stands for rows that nothing acts on.
-        sizes: rows of each segment.
-        order: [rows], which row stands where once rows of one choice lie together; None where they do already.
-        back: [rows], the inverse of `order`.
+        members: the runs of each segment.
     """
 
+    runs: tuple[int, ...]
     weights: tuple[Mapping[str, float], ...]
-    sizes: tuple[int, ...]
-    order: Tensor | None = None
-    back: Tensor | None = None
+    members: tuple[tuple[int, ...], ...]
 
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return one tensor a segment: views of `tensor` [rows, ...], or of one sorted copy where there is an order."""
-        if len(self.sizes) == 1:
-            return (tensor,)
-        if self.order is not None:
-            tensor = tensor.index_select(0, self.order)
-        return torch.split(tensor, list(self.sizes))
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return one tensor a segment: views of `tensor` [rows, ...], or of one sorted copy where runs lie apart."""
+        # cat and split, not an index: their backward is split and cat, and there is no index to keep on a device
+        runs: Sequence[Tensor] = torch.split(tensor, list(self.runs))
+        if len(self.runs) == len(self.members):
+            return runs
+        tensor = torch.cat([runs[run] for members in self.members for run in members])
+        sizes = [sum(self.runs[run] for run in members) for members in self.members]
+        return torch.split(tensor, sizes)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the parts, one a segment, as one tensor whose rows stand where `split` found them."""
         if len(parts) == 1:
             return parts[0]
-        joined = torch.cat(tuple(parts))
-        return joined if self.back is None else joined.index_select(0, self.back)
+        runs: dict[int, Tensor] = {}
+        for part, members in zip(parts, self.members, strict=True):
+            runs.update(zip(members, torch.split(part, [self.runs[run] for run in members]), strict=True))
+        return torch.cat([runs[run] for run in range(len(runs))])
 
 
 class Plan:
@@ -65,7 +67,7 @@ class Plan:
         self.copies = copies
         self.keys = tuple(dict.fromkeys(key for weights in rows for key in weights))
         """Keys of all adapters that act on some row."""
-        self._made: dict[tuple[frozenset[str], int, torch.device], Segments] = {}
+        self._made: dict[tuple[frozenset[str], int], Segments] = {}
 
     def without(self, key: str) -> Plan:
         """Return the same plan where one adapter acts on no row."""
@@ -73,7 +75,7 @@ class Plan:
         return Plan(list(kept), self.copies)
 
     def segments(self, layer: nn.Module, x: Tensor, keys: Container[str]) -> Segments:
-        """Return how this layer's rows fall into segments; made once for each set of keys, batch size and device.
+        """Return how this layer's rows fall into segments; made once for each set of keys and batch size.
 
         Args:
             layer: named in errors only.
@@ -85,33 +87,29 @@ class Plan:
         size = x.shape[0] if x.ndim else 0
         mine = frozenset(key for key in self.keys if key in keys)
         if not mine:
-            return Segments(({},), (size,))
-        place = mine, size, x.device
+            return Segments((size,), ({},), ((0,),))
+        place = mine, size
         if place not in self._made:
             count = len(self.rows)
             if size not in (count, count * self.copies):
                 self._refuse(layer, x)
-            self._made[place] = self._make(mine, size // count, x.device)
+            self._made[place] = self._make(mine, size // count)
         return self._made[place]
 
-    def _make(self, mine: frozenset[str], each: int, device: torch.device) -> Segments:
+    def _make(self, mine: frozenset[str], each: int) -> Segments:
         ranked = [key for key in self.keys if key in mine]
         choices: list[Choice] = [tuple((key, row[key]) for key in ranked if key in row) for row in self.rows]
-        order: Sequence[int] = range(len(choices))
-        acting = [choice for choice, _ in groupby(choices) if choice]
-        together = len(acting) == len(set(acting))
-        if not together:
-            first = {choice: row for row, choice in reversed(list(enumerate(choices)))}
-            order = sorted(order, key=lambda row: first[choices[row]])
-        runs = [(choice, len(list(run))) for choice, run in groupby(choices[row] for row in order)]
-        weights = tuple(dict(choice) for choice, _ in runs)
-        sizes = tuple(length * each for _, length in runs)
-        if together:
-            return Segments(weights, sizes)
-        # an index made under inference mode could not be saved for a backward later in the block
-        with torch.inference_mode(False):
-            index = torch.tensor([row * each + copy for row in order for copy in range(each)], device=device)
-            return Segments(weights, sizes, index, index.argsort())
+        runs = [(choice, len(list(run)) * each) for choice, run in groupby(choices)]
+        lengths = tuple(length for _, length in runs)
+        members: dict[Choice, list[int]] = {}
+        for index, (choice, _) in enumerate(runs):
+            members.setdefault(choice, []).append(index)
+        if all(len(found) == 1 for choice, found in members.items() if choice):
+            # nothing acts on the runs that lie apart: they are segments of their own, and nothing is copied
+            return Segments(
+                lengths, tuple(dict(choice) for choice, _ in runs), tuple((run,) for run in range(len(runs)))
+            )
+        return Segments(lengths, tuple(map(dict, members)), tuple(map(tuple, members.values())))
 
     def _refuse(self, layer: nn.Module, x: Tensor) -> None:
         count = len(self.rows)
