@@ -95,6 +95,16 @@ def test_gradients_equal_those_of_the_rows_alone(recomputed: bool) -> None:
         near(found[path], one)
 
 
+@pytest.mark.parametrize("rows", [["a"] * 3, ["a", "b", "a"]])
+def test_an_operation_in_place_may_follow(rows: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.ReLU(inplace=True))
+    attach(model, AdapterConfig(targets="0", method=LoraMethod(rank=2)), "a")
+    handle = attach(model, AdapterConfig(targets="1", method=LoraMethod(rank=2)), "b")
+    with handle.rows(rows):
+        model(torch.randn(3, 6)).sum().backward()
+    assert all(one.grad is not None for one in handle.parameters("a").values())
+
+
 def test_dropout_is_each_adapters_own() -> None:
     width = 64
     model = nn.Sequential(nn.Linear(width, width, bias=False))

@@ -30,6 +30,9 @@ class Segments:
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return one tensor a segment: views of `tensor` [rows, ...], or of one sorted copy where runs lie apart."""
+        if len(self.runs) == 1:
+            # itself, not a view of it: what follows may change it in place, which autograd forbids on parts of a split
+            return (tensor,)
         # cat and split, not an index: their backward is split and cat, and there is no index to keep on a device
         runs: Sequence[Tensor] = torch.split(tensor, list(self.runs))
         if len(self.runs) == len(self.members):
