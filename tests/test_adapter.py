@@ -142,8 +142,8 @@ def test_broken_extras_are_named(saved: Path) -> None:
     ("changes", "words"),
     [
         ({"manifest": {"base": 1}}, 'manifest has the key "base", which save writes itself'),
-        ({"manifest": {"x": float("nan")}}, "manifest or foreign fields are not JSON"),
-        ({"manifest": {"x": object()}}, "manifest or foreign fields are not JSON"),
+        ({"manifest": {"x": float("nan")}}, "manifest, foreign fields, names or card are not JSON"),
+        ({"manifest": {"x": object()}}, "manifest, foreign fields, names or card are not JSON"),
         ({"foreign": {"use_dora": True}}, "use_dora is set"),
         ({"weights": {}}, "there is no pair of lora_A and lora_B at all"),
         ({"weights": {"q_proj": {"A": torch.ones(2, 3)}}}, r"q_proj.A has no partner q_proj.B"),

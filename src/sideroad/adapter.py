@@ -18,6 +18,7 @@ from sideroad.errors import AdapterError, ConfigError, did_you_mean, raise_findi
 from sideroad.files import JSON, json_text, parse_object, read_json, replace_directory, write_bytes
 from sideroad.lowrank import LowRank
 from sideroad.pairs import blocks, compact, enabled, matrices, out_of, slices_of, spread
+from sideroad.peft_fields import shown
 from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, write_config
 from sideroad.peft_keys import BASE, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
 from sideroad.scaling import RULES, scale
@@ -127,8 +128,8 @@ class Adapter:
         )  # fmt: skip
         if not reading.findings:
             findings += _bias_findings(reading.config, found.weights)
-        raise_findings(AdapterError, f"{directory} cannot be used", [*reading.findings, *shorten(findings)])
-        manifest = read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
+        raise_findings(AdapterError, f"{directory} cannot be used", shorten([*reading.findings, *findings]))
+        manifest = read_json(directory / MANIFEST) if os.path.lexists(directory / MANIFEST) else {}
         base, exact = manifest.pop("base", None), manifest.pop("config", None)
         theirs = [] if exact is not None else _convolutions(found.weights)
         adapter = cls(
@@ -199,7 +200,7 @@ class Adapter:
         again = read_config(
             fields, self.ranks, held, stored_float32=_stored_float32(self.weights), allow_unknown=tuple(self.foreign)
         )
-        raise_findings(AdapterError, "the adapter cannot be saved", again.findings)
+        raise_findings(AdapterError, "the adapter cannot be saved", shorten(list(again.findings)))
         extras: dict[str, Any] = dict(self.manifest)
         if self.base and (self.base.source or self.base.sha256 or self.base.licence):
             extras["base"] = asdict(self.base)
@@ -208,14 +209,15 @@ class Adapter:
         if (again.config != exact or ours) and agrees:
             extras["config"] = exact.model_dump(mode="json")
         try:
+            "" if card is None else card.encode()
             # Parsing again refuses what Python would write but no strict reader accepts.
             files = {CONFIG: json_text(fields)} | ({MANIFEST: json_text(extras)} if extras else {})
             for text in files.values():
                 parse_object(text)
         except (ValueError, TypeError, RecursionError) as error:
             raise AdapterError(
-                f"manifest or foreign fields are not JSON: {error}. Allowed: null, booleans, finite numbers, "
-                "strings, lists, and mappings with string keys."
+                f"manifest, foreign fields, names or card are not JSON or text: {error}. Allowed: null, booleans, "
+                "finite numbers, strings, lists, and mappings with string keys."
             ) from error
         return files | ({} if card is None else {"README.md": card})
 
@@ -237,7 +239,7 @@ class Adapter:
             config = validate(AdapterConfig, stored, str(directory / MANIFEST))
             exact = replace(self, config=config)._compact()
         except ConfigError as error:
-            raise AdapterError(f'{error} Delete "config" there to use {CONFIG} alone.') from error
+            raise AdapterError(f'{str(error)[:2000]} Delete "config" there to use {CONFIG} alone.') from error
         return exact if exact is not None and exact._plain()._fields() == dict(fields) else self
 
     def _compact(self) -> Adapter | None:
@@ -304,7 +306,7 @@ def _base(reading: Reading, stored: Any, directory: Path) -> BaseRecord | None:
             or not all(isinstance(value, str | None) for value in stored.values())
         ):
             raise AdapterError(
-                f'{directory / MANIFEST}: "base" is {stored!r}; '
+                f'{directory / MANIFEST}: "base" is {shown(stored)}; '
                 f"allowed: {', '.join(sorted(known))}, each a string or null."
             )
         record = BaseRecord(**stored)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from sideroad.errors import AdapterError, did_you_mean
+from sideroad.files import refuse_odd_path, shown_path
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,9 +28,20 @@ def refuse_elsewhere(directory: Path) -> None:
     """Raise a helpful error unless a path is a directory with an adapter_config.json.
 
     Raises:
-        AdapterError: nothing there (with the nearest neighbour), a file, a model, a directory of adapters.
+        AdapterError: nothing there (with the nearest neighbour), a file, a model, a directory of adapters, a circle of
+            links, no permission.
     """
+    refuse_odd_path(directory)
+    with _readable(directory):
+        _refuse_elsewhere(directory)
+
+
+def _refuse_elsewhere(directory: Path) -> None:
     if not directory.exists():
+        if directory.is_symlink():
+            raise AdapterError(
+                f"{directory} is a symbolic link that leads to nothing or in a circle. Give the directory itself."
+            )
         near = [entry.name for entry in directory.parent.iterdir()] if directory.parent.is_dir() else []
         raise AdapterError(
             f"there is no adapter at {directory}.{did_you_mean(directory.name, near)} Give a local directory with "
@@ -59,8 +73,13 @@ def find_weights(directory: Path) -> Path:
     """Return the safetensors file or the index of its shards.
 
     Raises:
-        AdapterError: neither or both are there; for a pickle, the lines that convert it.
+        AdapterError: neither or both are there; for a pickle, the lines that convert it; no permission.
     """
+    with _readable(directory):
+        return _find_weights(directory)
+
+
+def _find_weights(directory: Path) -> Path:
     single, index = directory / WEIGHTS, directory / INDEX
     there = [path for path in (single, index) if path.exists() or path.is_symlink()]
     if len(there) == 1:
@@ -88,6 +107,17 @@ def must_not_replace(directory: Path) -> str | None:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         return f"it holds {', '.join(others[:5])}{more}, which no adapter has."
     return None if CONFIG in names else f"it is not empty and has no {CONFIG}."
+
+
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        what = problem.strerror or problem
+        raise AdapterError(
+            f"{shown_path(directory)} cannot be read: {what}. Check the path and its permissions."
+        ) from problem
 
 
 def _belongs(name: str) -> bool:

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
@@ -15,14 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from sideroad.drafts import kept, new_draft, sibling, sweep
 from sideroad.errors import AdapterError, SideroadError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """A value as JSON knows it."""
 
 JSON_BYTES_ALLOWED = 64 * 1024 * 1024
+NESTING_ALLOWED = 100
+"""Lists and mappings inside each other that are read; Python's own limit depends on who calls."""
 
 _HUB_SNAPSHOT = re.compile(r"(?P<repository>.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?")
+_TOO_DEEP = f"nested too deeply (more than {NESTING_ALLOWED} levels)"
+_NO_DIRECTORY = "A part of the path is a file, or symbolic links in a circle; choose another path."
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -40,8 +44,8 @@ def regular_file(path: Path, error: type[SideroadError] = AdapterError) -> Path:
         real = path.resolve(strict=True)
         home = path.parent.resolve(strict=True)
         mode = real.stat().st_mode
-    except (OSError, RuntimeError) as problem:
-        raise error(f"{path} cannot be read: {_reason(problem)}.") from problem
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise error(f"{shown_path(path)} cannot be read: {_reason(problem)}. Put a readable file there.") from problem
     snapshot = _HUB_SNAPSHOT.fullmatch(home.as_posix())
     if real.parent != home and not (snapshot and real.parent == Path(snapshot["repository"], "blobs")):
         raise error(f"{path} is a symbolic link to {real}, outside its directory. Copy the file itself there.")
@@ -70,20 +74,24 @@ def read_json(path: Path, error: type[SideroadError] = AdapterError) -> dict[str
             f"{path} is not valid JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}. "
             "Fetch the file again or mend that line."
         ) from problem
-    except (ValueError, RecursionError) as problem:
-        detail = "nested too deeply" if isinstance(problem, RecursionError) else str(problem)
-        raise error(f"{path} is not valid JSON: {detail}. Fetch the file again or mend it.") from problem
+    except ValueError as problem:
+        raise error(f"{path} is not valid JSON: {problem}. Fetch the file again or mend it.") from problem
 
 
 def parse_object(text: str) -> dict[str, Any]:
     """Parse one JSON object strictly.
 
     Raises:
-        ValueError: not JSON, not an object, a key given twice, or a number JSON does not have.
+        ValueError: not JSON, not an object, a key given twice, a number JSON does not have, text that is not Unicode,
+            or more than `NESTING_ALLOWED` levels.
     """
-    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError as problem:
+        raise ValueError(_TOO_DEEP) from problem
     if not isinstance(value, dict):
         raise ValueError(f"expected an object {{...}}, found {type(value).__name__}")
+    _refuse_odd(value)
     return value
 
 
@@ -115,7 +123,7 @@ def replace_file(path: Path, content: bytes, error: type[SideroadError] = Adapte
     Raises:
         SideroadError: of kind `error`; disk full, no permission. The old file is then untouched.
     """
-    draft = _sibling(path, "tmp")
+    draft = sibling(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(draft, content)
@@ -136,28 +144,27 @@ def replace_directory(
 ) -> None:
     """Build a directory beside `path` and rename it there once it is complete and on the disk.
 
+    Afterwards the drafts that killed processes left for the same `path` are removed.
+
     Args:
         build: fills the directory it is given; whatever it raises leaves `path` as it was.
         objection: asked about a `path` that already holds something; a sentence refuses to replace it.
     Raises:
         SideroadError: of kind `error`; the objection, disk full, no permission. The old directory is then untouched.
     """
-    path = Path(os.path.abspath(path))
     refuse_occupied_path(path, objection, error)
-    draft = _sibling(path, "tmp")
+    path = Path(os.path.abspath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-        build(draft)
-        for file in sorted(draft.rglob("*")):
-            _sync_directory(file) if file.is_dir() else _sync_file(file)
-        _sync_directory(draft)
-        _put_in_place(draft, path)
-        _sync_directory(path.parent)
+        with new_draft(path) as draft:
+            build(draft)
+            for file in sorted(draft.rglob("*")):
+                _sync_directory(file) if file.is_dir() else _sync_file(file)
+            _sync_directory(draft)
+            _put_in_place(draft, path)
+            _sync_directory(path.parent)
     except OSError as problem:
         raise _cannot_write(path, problem, error) from problem
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    sweep(path)
 
 
 def refuse_occupied_path(
@@ -168,25 +175,47 @@ def refuse_occupied_path(
     Raises:
         SideroadError: of kind `error`; there is a file or link, or a directory that `objection` keeps.
     """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise error(f"{path} exists and is not a directory; nothing was written. Choose another path or remove it.")
-    reason = objection(path) if path.is_dir() and any(path.iterdir()) else None
+    refuse_odd_path(path, error)
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise error(f"{path} exists and is not a directory; nothing was written. Choose another path or remove it.")
+        reason = objection(path) if path.is_dir() and any(path.iterdir()) else None
+    except OSError as problem:
+        raise _cannot_write(path, problem, error) from problem
     if reason:
         raise error(f"{path} is not replaced: {reason} Choose another path, or remove the directory first.")
+
+
+def refuse_odd_path(path: Path, error: type[SideroadError] = AdapterError) -> None:
+    """Raise an error of kind `error` for a path that no file can have: a null character, half a surrogate pair."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise error(f"the path {shown_path(path)} has a character that no file's name can have; choose another path.")
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as it can be printed everywhere, shortened."""
+    text = str(path)
+    text = text if text.isprintable() and _encodable(text) else ascii(text)
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _put_in_place(draft: Path, path: Path) -> None:
     if not path.exists():
         os.rename(draft, path)
     elif not _exchange(draft, path):
-        old = _sibling(path, "old")
-        os.rename(path, old)
-        try:
-            os.rename(draft, path)
-        except OSError:
-            os.rename(old, path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        old = sibling(path, "old")
+        with kept(path):
+            os.rename(path, old)
+            try:
+                os.rename(draft, path)
+            except OSError:
+                os.rename(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(draft: Path, path: Path) -> bool:
@@ -197,10 +226,6 @@ def _exchange(draft: Path, path: Path) -> bool:
     if rename is None:
         return False
     return bool(rename(_AT_FDCWD, os.fsencode(draft), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE) == 0)
-
-
-def _sibling(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.{ending}")
 
 
 def _sync_file(path: Path) -> None:
@@ -225,14 +250,42 @@ def _cannot_write(path: Path, problem: OSError, error: type[SideroadError]) -> S
         errno.EFBIG: "The file would pass this system's limit on file sizes.",
         errno.EACCES: "Check the directory's permissions or choose another path.",
         errno.EPERM: "Check the directory's permissions or choose another path.",
+        errno.EEXIST: _NO_DIRECTORY,
+        errno.ENOTDIR: _NO_DIRECTORY,
+        errno.ELOOP: _NO_DIRECTORY,
         errno.EROFS: "Choose a path on a disk that can be written.",
     }
     fix = fixes.get(problem.errno or 0, "Choose another path or mend the cause.")
-    return error(f"{path} cannot be written: {_reason(problem)}. What was there before is untouched. {fix}")
+    return error(f"{shown_path(path)} cannot be written: {_reason(problem)}. What was there before is untouched. {fix}")
 
 
 def _reason(problem: Exception) -> str:
     return problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+
+
+def _refuse_odd(value: Any) -> None:
+    level = [value]
+    for _ in range(NESTING_ALLOWED + 1):
+        following: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                following += item
+                following += item.values()
+            elif isinstance(item, list):
+                following += item
+            elif isinstance(item, str) and not item.isascii() and not _encodable(item):
+                raise ValueError(f"{item[:40]!a} holds half of a surrogate pair, which is no text")
+        if not following:
+            return
+        level = following
+    raise ValueError(_TOO_DEEP)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -240,7 +293,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"given twice: {', '.join(twice[:5])}")
+        raise ValueError(f"given twice: {', '.join(name[:80] for name in twice[:5])}")
     return found
 
 

@@ -13,6 +13,9 @@ from sideroad.errors import TargetError
 
 V = TypeVar("V")
 
+BLOCKS_ALLOWED = 100_000
+"""Blocks that one range may mean."""
+
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern means a module path.
@@ -39,8 +42,8 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
     if pattern.startswith("re:"):
         try:
             return re.compile(pattern[3:])
-        except re.error as error:
-            raise TargetError(f'pattern "{pattern}" is not a regular expression: {error}.') from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise TargetError(f'pattern "{pattern[:200]}" is not a regular expression: {error}.') from error
     return re.compile(translate(pattern)) if any(sign in pattern for sign in "*?[") else None
 
 
@@ -79,7 +82,7 @@ def block_index(path: str, name: str | None) -> int | None:
     """
     parts = path.split(".")
     for before, part in pairwise(parts):
-        if part.isdigit() and (name is None or before == name):
+        if part.isascii() and part.isdecimal() and len(part) < 10 and (name is None or before == name):
             return int(part)
     return None
 
@@ -93,11 +96,13 @@ def parse_blocks(layers: str | Sequence[int], last: int, findings: list[str]) ->
         return {index for index in layers if index >= 0}
     wanted: set[int] = set()
     for piece in layers.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d+)?)?\s*", piece)
+        found = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:(-)\s*([0-9]{1,9})?)?\s*", piece)
         start = int(found[1]) if found else 0
         end = start if found and not found[2] else int(found[3]) if found and found[3] else max(last, start)
         if not found or end < start:
             findings.append(f'layers "{layers}": "{piece.strip()}" is not a range; write 5, 0-3 or 10- (from 10 on).')
+        elif end - start >= BLOCKS_ALLOWED:
+            findings.append(f'layers "{layers}": "{piece.strip()}" means {end - start + 1} blocks; no model has that.')
         else:
             wanted |= set(range(start, end + 1))
     return wanted

@@ -71,7 +71,7 @@ def sift(
         if name in REFUSED:
             if value or (name == "alora_invocation_tokens" and value is not None):
                 findings.append(
-                    f"{source}: {name} is set ({_shown(value)}): {REFUSED[name]}. That changes what the adapter "
+                    f"{source}: {name} is set ({shown(value)}): {REFUSED[name]}. That changes what the adapter "
                     "computes and is not supported yet"
                 )
         elif name in HARMLESS:
@@ -79,7 +79,7 @@ def sift(
                 kept[name] = value
         elif value and name not in allow_unknown:
             findings.append(
-                f"{source}: unknown field {name} is set ({_shown(value)}); it may change what the adapter computes."
+                f"{source}: unknown field {name} is set ({shown(value)}); it may change what the adapter computes."
                 f"{did_you_mean(name, known)} If it does not, {_allow(name)}"
             )
         else:
@@ -98,15 +98,15 @@ def init_of(fields: Mapping[str, Any], kept: dict[str, Any], source: str) -> tup
         return ("gaussian" if value == "gaussian" else "kaiming"), []
     if isinstance(value, str) and value.lower().startswith(_INITS_REFUSED):
         return "kaiming", [
-            f'{source}: init_lora_weights is "{value}": that start rewrote the base model, so these tensors belong to '
-            "a base that is not the published one. Save the adapter again with PEFT's "
+            f'{source}: init_lora_weights is "{value[:60]}": that start rewrote the base model, so these tensors '
+            "belong to a base that is not the published one. Save the adapter again with PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=<its first state>), which converts it "
             "(not possible for loftq)"
         ]
     allowed = ("true", "false", *_INITS_HARMLESS)
-    hint = did_you_mean(str(value), (*allowed, *_INITS_REFUSED))
+    hint = did_you_mean(str(value)[:60], (*allowed, *_INITS_REFUSED))
     return "kaiming", [
-        f"{source}: init_lora_weights is {_shown(value)}, which is not known.{hint} Known: {', '.join(allowed)}"
+        f"{source}: init_lora_weights is {shown(value)}, which is not known.{hint} Known: {', '.join(allowed)}"
     ]
 
 
@@ -117,9 +117,9 @@ def _type_findings(fields: Mapping[str, Any], source: str) -> list[str]:
     if kind is None:
         return [f'{source} has no peft_type, so it is not the configuration of a PEFT adapter; expected "LORA"']
     what = TYPES_REFUSED.get(kind, "") if isinstance(kind, str) else ""
-    hint = did_you_mean(str(kind).upper(), ["LORA"])
+    hint = did_you_mean(str(kind)[:60].upper(), ["LORA"])
     return [
-        f"{source}: peft_type is {_shown(kind)}{f' ({what})' if what else ''}; only LORA files are read, other kinds "
+        f"{source}: peft_type is {shown(kind)}{f' ({what})' if what else ''}; only LORA files are read, other kinds "
         f"are not supported yet.{hint}"
     ]
 
@@ -128,6 +128,7 @@ def _allow(name: str) -> str:
     return f'keep it with Adapter.load(path, allow_unknown=("{name}",))'
 
 
-def _shown(value: object) -> str:
+def shown(value: object, most: int = 60) -> str:
+    """Return a value as messages quote it, cut at `most` characters."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

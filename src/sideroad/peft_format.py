@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sideroad.config import AdapterConfig
-from sideroad.peft_fields import init_of, sift
+from sideroad.peft_fields import init_of, shown, sift
 from sideroad.peft_keys import OUTPUT, Sorted
 from sideroad.peft_parts import (
     file_rank,
@@ -83,10 +83,10 @@ def read_config(
     rank_pattern, alpha_pattern = numbers.patterns("rank_pattern"), numbers.patterns("alpha_pattern")
     bias = fields.get("bias", "none") or "none"
     if not isinstance(bias, str) or bias not in _BIASES:
-        numbers.findings.append(f"{source}: bias is {bias!r}; allowed: none, lora_only, all")
+        numbers.findings.append(f"{source}: bias is {shown(bias)}; allowed: none, lora_only, all")
     task, base = (fields.get(name) for name in ("task_type", "base_model_name_or_path"))
     numbers.findings += [
-        f"{source}: {name} is {value!r}; expected a string or null"
+        f"{source}: {name} is {shown(value)}; expected a string or null"
         for name, value in (("task_type", task), ("base_model_name_or_path", base))
         if not isinstance(value, str | None)
     ]
@@ -167,7 +167,7 @@ def _target_findings(fields: Mapping[str, Any], source: str) -> list[str]:
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = fields.get(name)
         if not (value is None or isinstance(value, str) or _all(value, str)):
-            findings.append(f"{source}: {name} is {value!r}; expected a list of names, a string or null")
+            findings.append(f"{source}: {name} is {shown(value)}; expected a list of names, a string or null")
         elif name != "layers_pattern" and isinstance(value, str):
             findings += _regex_finding(value, f"{source}: {name}")
         elif name == "layers_pattern":
@@ -175,7 +175,7 @@ def _target_findings(fields: Mapping[str, Any], source: str) -> list[str]:
                 findings += _regex_finding(item, f"{source}: {name}")
     layers = fields.get("layers_to_transform")
     if not (layers is None or type(layers) is int or _all(layers, int)):
-        findings.append(f"{source}: layers_to_transform is {layers!r}; expected a list of whole numbers or null")
+        findings.append(f"{source}: layers_to_transform is {shown(layers)}; expected a list of whole numbers or null")
     return findings
 
 
@@ -200,9 +200,9 @@ def _fit_findings(
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
         findings.append(
-            f"{source}: target_modules {fields.get('target_modules')!r}, with exclude_modules and layers_to_transform, "
-            f"do not cover modules that have tensors: {', '.join(strays[:3])}{more}. PEFT would skip them silently; "
-            "add them to target_modules or remove their tensors"
+            f"{source}: target_modules {shown(fields.get('target_modules'), 400)}, with exclude_modules and "
+            f"layers_to_transform, do not cover modules that have tensors: {', '.join(strays[:3])}{more}. PEFT would "
+            "skip them silently; add them to target_modules or remove their tensors"
         )
     return findings
 
@@ -224,7 +224,7 @@ class _Numbers:
     def patterns(self, name: str) -> dict[str, Any]:
         found = self.fields.get(name) or {}
         if not isinstance(found, dict):
-            self.findings.append(f"{self.source}: {name} is {found!r}; expected a mapping of names to numbers")
+            self.findings.append(f"{self.source}: {name} is {shown(found)}; expected a mapping of names to numbers")
             return {}
         for key, value in found.items():
             self._check(f"{name}[{key!r}]", value, whole=name == "rank_pattern", above=True)
@@ -233,10 +233,10 @@ class _Numbers:
 
     def _check(self, name: str, value: Any, *, whole: bool, above: bool) -> bool:
         right = type(value) is int or (not whole and type(value) is float and math.isfinite(value))
-        right = right and (value >= 1 if whole else value > 0 if above else 0 <= value < 1)
+        right = right and value < 1e308 and (value >= 1 if whole else value > 0 if above else 0 <= value < 1)
         if not right:
             need = "a whole number of at least 1" if whole else "a number above 0" if above else "0 or more, below 1"
-            self.findings.append(f"{self.source}: {name} is {value!r}; expected {need}")
+            self.findings.append(f"{self.source}: {name} is {shown(value)}; expected {need}")
         return right
 
 
@@ -245,7 +245,7 @@ def _regex_finding(pattern: str, where: str) -> list[str]:
         re.compile(rf"(.*\.)?({pattern})$")
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return [f"{where}: {pattern!r} is not a valid regular expression ({error})"]
+        return [f"{where}: {shown(pattern)} is not a valid regular expression ({str(error)[:200]})"]
     return []
 
 

@@ -134,7 +134,15 @@ def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> 
 
 def path_order(path: str) -> list[tuple[int, int, str]]:
     """Sort key for module paths: `layers.2` comes before `layers.10`."""
-    return [(0, int(part), "") if part.isdecimal() and part.isascii() else (1, 0, part) for part in path.split(".")]
+    return [_part_order(part) for part in path.split(".")]
+
+
+def _part_order(part: str) -> tuple[int, int, str]:
+    if not (part.isdecimal() and part.isascii()):
+        return 1, 0, part
+    # by length, then by digits: int() refuses numbers of thousands of digits
+    digits = part.lstrip("0")
+    return 0, len(digits), digits
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from sideroad.files import parse_object, read_json, regular_file, write_bytes
 HEADER_BYTES_ALLOWED = 100_000_000
 """The format's own limit."""
 
+NAME_ALLOWED = 1000
+"""Characters that a tensor's name may have."""
+
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -75,6 +78,9 @@ def read_tensors(path: Path, error: type[SideroadError] = AdapterError) -> dict[
             return {name: _tensor(file, entry) for name, entry in _header(file, path, error).items()}
     except (OSError, EOFError) as problem:
         raise error(f"{path} cannot be read: {problem}. Fetch it again.") from problem
+    except MemoryError as problem:
+        size = real.stat().st_size
+        raise error(f"{path} holds {size} bytes, more than this machine's memory has room for.") from problem
 
 
 def read_sharded(index: Path, error: type[SideroadError] = AdapterError) -> dict[str, Tensor]:
@@ -91,7 +97,7 @@ def read_sharded(index: Path, error: type[SideroadError] = AdapterError) -> dict
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(listed.values())):
         if shard in ("", ".", "..") or "\\" in shard or "\0" in shard or PurePosixPath(shard).name != shard:
-            findings.append(f'{index} names the shard "{shard}"; only a plain file name beside the index is read')
+            findings.append(f'{index} names the shard "{shard[:80]}"; only a plain file name beside the index is read')
             continue
         try:
             found = read_tensors(index.parent / shard, error)
@@ -100,7 +106,8 @@ def read_sharded(index: Path, error: type[SideroadError] = AdapterError) -> dict
             continue
         expected = {name for name, file in listed.items() if file == shard}
         findings += [f"{shard} lacks {name}, which {index.name} places there" for name in sorted(expected - set(found))]
-        findings += [f"{shard} holds {name}, which {index.name} does not place there" for name in set(found) - expected]
+        strays = sorted(set(found) - expected)
+        findings += [f"{shard} holds {name}, which {index.name} does not place there" for name in strays]
         tensors.update(found)
     raise_findings(error, str(index), shorten(findings))
     return tensors
@@ -134,9 +141,10 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def shorten(findings: list[str], shown: int = 20) -> list[str]:
-    """Keep the first findings and count the rest, so that a message stays readable."""
+    """Keep the first findings, none longer than a screen, and count the rest, so that a message stays readable."""
     left = len(findings) - shown
-    return findings if left <= 0 else [*findings[:shown], f"and {left} more of this kind"]
+    kept = [finding if len(finding) <= 2000 else f"{finding[:1997]}..." for finding in findings[:shown]]
+    return kept if left <= 0 else [*kept, f"and {left} more of this kind"]
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -166,7 +174,7 @@ def _header(file: BinaryIO, path: Path, error: type[SideroadError]) -> dict[str,
     file.seek(8)
     try:
         listed = parse_object(file.read(length).decode("utf-8"))
-    except (ValueError, RecursionError) as problem:
+    except ValueError as problem:
         raise error(f"{path} has a broken safetensors header: {problem}. Fetch it again.") from problem
     metadata = listed.pop("__metadata__", {})
     findings: list[str] = []
@@ -174,7 +182,7 @@ def _header(file: BinaryIO, path: Path, error: type[SideroadError]) -> dict[str,
         findings.append("__metadata__ is not a mapping of strings")
     entries: dict[str, TensorEntry] = {}
     for name, item in listed.items():
-        entry = _entry(item, 8 + length)
+        entry = _entry(item, 8 + length) if len(name) <= NAME_ALLOWED else f"its name has {len(name)} characters"
         if isinstance(entry, str):
             findings.append(f"tensor {name[:120]}: {entry}")
         else:
