@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from sideroad.errors import AdapterError, did_you_mean
 from sideroad.files import refuse_odd_path, shown_path
@@ -97,6 +99,21 @@ def _find_weights(directory: Path) -> Path:
         f"{directory} has {CONFIG} but no {WEIGHTS}.{did_you_mean(WEIGHTS, found)} "
         f"Weight files there: {', '.join(found) or 'none'}."
     )
+
+
+def directory_name(name: str) -> str:
+    """Return the name of a directory for an adapter's name, for saving several adapters beside each other.
+
+    Letters a to z, digits, `-`, `_` and inner dots stay; everything else is percent-escaped, and a name too long for a
+    file system ends in a hash. No name leads elsewhere or hides, and two names have two directories (on a disk that
+    ignores case, names that differ only in case do not).
+    """
+    escaped = quote(name, safe="", errors="surrogatepass").replace("~", "%7E")
+    escaped = f"%2E{escaped[1:]}" if escaped.startswith(".") else escaped
+    if len(escaped) <= 200:
+        return escaped
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return f"{escaped[:150]}%-{digest}"  # no escape looks like %-
 
 
 def must_not_replace(directory: Path) -> str | None:
