@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, settings
 
-MANY = 30
+MANY = 10
 """Times as many examples in `make test-all`."""
 
 AMOUNTS = pytest.mark.parametrize("amount", [1, pytest.param(MANY, marks=pytest.mark.all)], ids=["few", "many"])

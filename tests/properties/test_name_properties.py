@@ -18,10 +18,10 @@ from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.route import Deltas, escape, unescape
 
 ODD = (
-    "forward", "weight", "lora", "train", "training", "__class__", "_modules", "_parameters", "handle", "route", "put",
-    "default", "A", "B", "bias", "a", "a.b", "a.b.c", ".", "..", "../x", "/etc/passwd", "~", "~root", "a%2Eb", "%", "%%",
-    "%25", "%2E", "%66orward", " ", "  ", "\t", "\n", "a\nb", "\0", "CON", "é", "e\u0301", "🦜", "name" * 100, "ü" * 300,
-    "*", "base", "None", "-", "%-", "\ud800", ".hidden", "a/b", "a\\b", "A.B", "\u202e",
+    "forward", "weight", "lora", "train", "training", "__class__", "_modules", "_parameters", "handle", "put", "route",
+    "default", "A", "B", "bias", "a", "a.b", "a.b.c", ".", "..", "../x", "/etc/passwd", "~", "~root", "a%2Eb", "%",
+    "%%", "%25", "%2E", "%66orward", " ", "  ", "\t", "\n", "a\nb", "\0", "CON", "é", "e\u0301", "🦜", "name" * 100,
+    "*", "ü" * 300, "base", "None", "-", "%-", "\ud800", ".hidden", "a/b", "a\\b", "A.B", "\u202e",
 )  # fmt: skip
 """Names that mean something to somebody: attributes, patterns, paths, escapes."""
 

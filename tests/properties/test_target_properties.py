@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -175,7 +177,7 @@ def block_of(path: str, name: str | None) -> int | None:
     parts = path.split(".")
     numbers = [
         int(part)
-        for before, part in zip(parts, parts[1:], strict=False)
+        for before, part in pairwise(parts)
         if re.fullmatch("[0-9]+", part) and name in (None, before)
     ]
     return numbers[0] if numbers else None
@@ -232,12 +234,8 @@ def test_no_pattern_text_raises_anything_but_a_target_error(amount: int) -> None
             return  # Python warns about these
         value: Any = {text: 2} if where == "rank_pattern" else (text,) if where == "exclude" else text
         config = AdapterConfig(**{"targets": "*", "method": LoraMethod(rank=2), where: value})
-        try:
-            found = resolve(model, config)
-        except TargetError as problem:
-            assert len(str(problem)) > 20
-        else:
-            assert found
+        with suppress(TargetError):
+            assert resolve(model, config)
 
     run(check, 250, amount)
 

@@ -164,10 +164,16 @@ from sideroad.train import events, loop
 from sideroad.train.recipe import load_recipe
 from sideroad.train.run import train
 
+recipe, home, seed, kills = load_recipe(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 honest = loop.checkpoint._sha256
 loop.checkpoint._sha256 = lambda path: (time.sleep(0.02), honest(path))[1]  # so that many kills meet a checkpoint
-moments = random.Random(int(sys.argv[3]))
-for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
+moments = random.Random(seed)
+runs, killed, number = 1, 0, 0
+while killed < kills:
+    if os.path.exists(os.path.join(home, str(runs), "result.json")):
+        runs += 1
+    number += 1
+    how = signal.SIGINT if number % 10 == 2 else signal.SIGKILL
     reader, writer = os.pipe()
     child = os.fork()  # torch has computed nothing yet, so it has no threads to lose
     if child == 0:
@@ -176,7 +182,7 @@ for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
             began.extend([event] if isinstance(event, events.Planned) else [])
             os.write(writer, b"." if began else b"")
         try:
-            train(load_recipe(sys.argv[1]), sys.argv[2], resume=True, on_event=tell)
+            train(recipe, os.path.join(home, str(runs)), resume=True, on_event=tell)
         finally:
             os._exit(0)
     os.close(writer)
@@ -184,18 +190,33 @@ for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
         os.read(reader, 1)
     time.sleep(moments.uniform(0.0, 0.1))
     os.kill(child, how)
-    os.waitpid(child, 0)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    os.close(reader)
+print(runs)
 """
 
 
-def test_kills_at_any_moment_change_nothing(tmp_path: Path, straight: tuple[Recipe, Path]) -> None:
+@pytest.mark.parametrize(("seed", "kills"), [(0, 3), pytest.param(1, 50, marks=pytest.mark.all)])
+def test_kills_at_any_moment_change_nothing(
+    tmp_path: Path, straight: tuple[Recipe, Path], seed: int, kills: int
+) -> None:
+    """One run is killed and resumed until it is done, then the next; the last is resumed once more here."""
     recipe, whole = straight
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    places = [str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
-    subprocess.run([sys.executable, "-c", KILLING, *places, "0"], check=True, timeout=300)
-    train(recipe, tmp_path / "run", resume=True)
-    assert_same_run(tmp_path / "run", whole)
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    arguments = [str(tmp_path / "recipe.yaml"), str(tmp_path / "runs"), str(seed), str(kills)]
+    command = [sys.executable, "-c", KILLING, *arguments]
+    told = subprocess.run(command, check=True, timeout=600, stdout=subprocess.PIPE, text=True).stdout
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == int(told.split()[-1])
+    if not (runs[-1] / "result.json").exists():
+        train(recipe, runs[-1], resume=True)
+    for run in runs:
+        assert_same_run(run, whole)
+        assert everything_in(run) == everything_in(whole)
+
+
+def everything_in(run: Path) -> list[str]:
+    return sorted(path.relative_to(run).as_posix() for path in run.rglob("*"))
 
 
 def interrupted_run(folder: Path, recipe: Recipe, step: int = 4) -> Path:
