@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from safetensors import SafetensorError
+
 from sideroad.drafts import kept, new_draft, sibling, sweep
 from sideroad.errors import AdapterError, SideroadError
 
@@ -128,9 +130,9 @@ def replace_file(path: Path, content: bytes, error: type[SideroadError] = Adapte
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(draft, content)
         os.replace(draft, path)
-        _sync_directory(path.parent)
+        _settle(path, error)
     except OSError as problem:
-        raise _cannot_write(path, problem, error) from problem
+        raise cannot_write(path, problem, error) from problem
     finally:
         draft.unlink(missing_ok=True)
 
@@ -161,9 +163,15 @@ def replace_directory(
                 _sync_directory(file) if file.is_dir() else _sync_file(file)
             _sync_directory(draft)
             _put_in_place(draft, path)
-            _sync_directory(path.parent)
+        _settle(path, error)
     except OSError as problem:
-        raise _cannot_write(path, problem, error) from problem
+        raise cannot_write(path, problem, error) from problem
+    except SafetensorError as problem:
+        number = re.search(r"os error (\d+)", str(problem))
+        if number is None:
+            raise
+        system = OSError(int(number[1]), os.strerror(int(number[1])))
+        raise cannot_write(path, system, error) from problem
     sweep(path)
 
 
@@ -181,7 +189,7 @@ def refuse_occupied_path(
             raise error(f"{path} exists and is not a directory; nothing was written. Choose another path or remove it.")
         reason = objection(path) if path.is_dir() and any(path.iterdir()) else None
     except OSError as problem:
-        raise _cannot_write(path, problem, error) from problem
+        raise cannot_write(path, problem, error) from problem
     if reason:
         raise error(f"{path} is not replaced: {reason} Choose another path, or remove the directory first.")
 
@@ -228,6 +236,16 @@ def _exchange(draft: Path, path: Path) -> bool:
     return bool(rename(_AT_FDCWD, os.fsencode(draft), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE) == 0)
 
 
+def _settle(path: Path, error: type[SideroadError]) -> None:
+    try:
+        _sync_directory(path.parent)
+    except OSError as problem:
+        raise error(
+            f"{path} is written and in its place, but the system cannot say that it is on the disk: "
+            f"{_reason(problem)}. Check the disk and write it again."
+        ) from problem
+
+
 def _sync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -243,7 +261,8 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(path: Path, problem: OSError, error: type[SideroadError]) -> SideroadError:
+def cannot_write(path: Path, problem: OSError, error: type[SideroadError] = AdapterError) -> SideroadError:
+    """Return an error of kind `error` that says why the system would not write to `path`, and what helps."""
     fixes = {
         errno.ENOSPC: "Free some space or choose another disk.",
         errno.EDQUOT: "Your quota is used up; free some space.",

@@ -77,7 +77,8 @@ def read_tensors(path: Path, error: type[SideroadError] = AdapterError) -> dict[
         with open(real, "rb") as file:
             return {name: _tensor(file, entry) for name, entry in _header(file, path, error).items()}
     except (OSError, EOFError) as problem:
-        raise error(f"{path} cannot be read: {problem}. Fetch it again.") from problem
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{path} cannot be read: {reason}. Fetch it again.") from problem
     except MemoryError as problem:
         size = real.stat().st_size
         raise error(f"{path} holds {size} bytes, more than this machine's memory has room for.") from problem

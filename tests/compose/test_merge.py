@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_model_dir
+from tiny import file_size_limit, tiny_llama, tiny_model_dir
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -193,6 +193,17 @@ def test_only_merged_models_are_replaced(tmp_path: Path, shared_model_dir: Path)
     merge([adapter], tmp_path / "new", base=base)
     merge({adapter: 0.5}, tmp_path / "new", base=base)
     assert json.loads((tmp_path / "new/sideroad.json").read_text())["merged"]["adapters"][0]["weight"] == 0.5
+
+
+@pytest.mark.parametrize("size", [100, 50_000])
+def test_a_full_disk_leaves_the_old_model(tmp_path: Path, shared_model_dir: Path, size: int) -> None:
+    adapter, base = made(tmp_path, "one"), BaseConfig(model=str(shared_model_dir))
+    merge([adapter], tmp_path / "out", base=base)
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    with file_size_limit(size), pytest.raises(AdapterError, match="out cannot be written: File too large"):
+        merge({adapter: 2.0}, tmp_path / "out", base=base)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
 def test_a_torn_write_leaves_the_old_model(

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from small_runs import assert_same_run, records, small_recipe, tiny_gpt2_dir
-from tiny import tiny_model_dir
+from tiny import file_size_limit, tiny_model_dir
 
-from sideroad.errors import CheckpointError
+from sideroad.errors import AdapterError, CheckpointError
 from sideroad.train import events, steps
 from sideroad.train.interrupts import Interrupted
 from sideroad.train.recipe import Recipe, dump_recipe
@@ -213,6 +213,22 @@ def test_kills_at_any_moment_change_nothing(
     for run in runs:
         assert_same_run(run, whole)
         assert everything_in(run) == everything_in(whole)
+
+
+@pytest.mark.parametrize(
+    ("size", "what"),
+    [(300, "recipe.yaml"), (20_000, "step-00000000.*adapter"), (60_000, "step-00000002"), (0, "recipe.yaml")],
+)
+def test_a_full_disk_is_told_and_costs_nothing(
+    tmp_path: Path, straight: tuple[Recipe, Path], size: int, what: str
+) -> None:
+    recipe, whole = straight
+    words = rf"{what} cannot be written: File too large\. What was there before is untouched"
+    with file_size_limit(size), pytest.raises((CheckpointError, AdapterError), match=words):
+        train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+    assert everything_in(tmp_path / "run") == everything_in(whole)
 
 
 def everything_in(run: Path) -> list[str]:

@@ -115,3 +115,14 @@ def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
         RunDirectory(tmp_path / "file" / "run").held(resume=False),
     ):
         pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_metrics_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = RunDirectory(tmp_path)
+    place.metrics.symlink_to("/dev/full")
+    words = r"metrics\.jsonl cannot be written: .*What was there before is untouched"
+    with pytest.raises(CheckpointError, match=words):
+        place.append_metrics({"step": 1})
+    with pytest.raises(CheckpointError, match=words):
+        place.sync_metrics()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sideroad.errors import CheckpointError
-from sideroad.files import read_json, replace_file
+from sideroad.files import cannot_write, read_json, replace_file
 
 _LEFTOVER = re.compile(r"\.[a-z]+(\.[a-z]+)?\.[0-9a-f]{8}\.(tmp|old)")
 
@@ -68,11 +68,12 @@ class RunDirectory:
             raise CheckpointError(f"run directory {self.path} is a file; give another --run")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise CheckpointError(
                 f"run directory {self.path} cannot be made: {error.strerror}; give another --run"
             ) from error
-        with open(self.path / ".lock", "a+", encoding="utf-8") as lock:
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -82,8 +83,8 @@ class RunDirectory:
                     f"run directory {self.path} is in use by process {holder}; wait for it, or give another --run"
                 ) from error
             lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+            with contextlib.suppress(OSError):  # a full disk is told of by the files that matter
+                os.write(lock.fileno(), str(os.getpid()).encode())
             self._sweep()
             if not resume:
                 self._refuse_existing()
@@ -121,14 +122,20 @@ class RunDirectory:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl in a single write, so a kill leaves at most its last line torn."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(to_json(record, indent=None) + "\n")
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(to_json(record, indent=None) + "\n")
+        except OSError as error:
+            raise cannot_write(self.metrics, error, CheckpointError) from error
 
     def sync_metrics(self) -> None:
         """Force metrics.jsonl to disk; called before a checkpoint that counts on it."""
-        if self.metrics.exists():
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                os.fsync(file.fileno())
+        try:
+            if self.metrics.exists():
+                with open(self.metrics, "a", encoding="utf-8") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.metrics, error, CheckpointError) from error
 
     def cut_metrics(self, step: int, *, validated: int | None) -> None:
         """Drop the records after `step`, a torn last line, and validations the checkpoint does not know of.
