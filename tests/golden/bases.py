@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 WEIGHTS = Path(__file__).parent / "bases"
+DERIVED = ("lm_head.weight", "attn.bias", "masked_bias", "position_ids")
+"""Ends of names that some versions of transformers have in a state dict and others have not."""
 
 
 class Mlp(nn.Module):
@@ -96,6 +98,15 @@ def gpt2() -> nn.Module:
     return model
 
 
+def bert() -> nn.Module:
+    """Return a real BERT with a classifier; takes ids, gives logits [batch, 2]."""
+    shape = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2}
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sizes = {"vocab_size": 13, "max_position_embeddings": 8, "type_vocab_size": 1}
+    model: nn.Module = BertForSequenceClassification(BertConfig(**shape, **drops, **sizes, num_labels=2))
+    return model
+
+
 BASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (Mlp, (2, 5)),
     "fused": (Fused, (2, 4)),
@@ -103,6 +114,7 @@ BASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolutions": (Convolutions, (2, 2, 5, 5)),
     "attention": (Attention, (3, 2, 4)),
     "gpt2": (gpt2, (1, 8)),
+    "bert": (bert, (1, 8)),
 }
 """Name → how to make it, and the shape of its input."""
 
@@ -112,7 +124,7 @@ def build(name: str) -> nn.Module:
     model = BASES[name][0]()
     stored = load_file(str(WEIGHTS / f"{name}.safetensors"))
     missing, unexpected = model.load_state_dict(stored, strict=False)
-    lost = [key for key in missing if key != "lm_head.weight" and not key.endswith(("attn.bias", "masked_bias"))]
+    lost = [key for key in missing if not key.endswith(DERIVED)]
     if lost or unexpected:
         raise ValueError(f"{name}: stored weights do not fit: missing {lost}, unexpected {unexpected}")
     return model.eval()
@@ -122,8 +134,7 @@ def store(name: str) -> None:
     """Write a base's weights, drawn from a fixed seed, once."""
     torch.manual_seed(0)
     model = BASES[name][0]()
-    skipped = ("lm_head.weight", "attn.bias", "masked_bias")
-    tensors = {key: torch.randn(t.shape) * 0.5 for key, t in model.state_dict().items() if not key.endswith(skipped)}
+    tensors = {key: torch.randn(t.shape) * 0.5 for key, t in model.state_dict().items() if not key.endswith(DERIVED)}
     WEIGHTS.mkdir(exist_ok=True)
     save_file(tensors, str(WEIGHTS / f"{name}.safetensors"), metadata={"format": "pt"})
 
@@ -132,7 +143,7 @@ def inputs(name: str) -> Tensor:
     """Return the fixed input of a base: ids in order, or waves."""
     shape = BASES[name][1]
     count = torch.Size(shape).numel()
-    if name in ("words", "gpt2"):
+    if name in ("words", "gpt2", "bert"):
         return torch.arange(count).reshape(shape)
     return torch.sin(torch.arange(count, dtype=torch.float64) * 1.7).float().reshape(shape)
 

@@ -58,6 +58,7 @@ CASES: dict[str, Case] = {
         kinds=("slices",),
     ),
     "whole-module": Case("mlp", {"target_modules": ["up", "down"], "modules_to_save": ["head"]}, kinds=("modules",)),
+    "classifier": Case("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}, kinds=("modules",)),
     "embedding": Case("words", {"target_modules": ["words", "lin"]}, since="0.3.0", kinds=("embedding",)),
     "embedding-tied": Case("gpt2", {"target_modules": ["wte"]}, since="0.4.0", kinds=("embedding",)),
     "gpt2": Case(

@@ -41,7 +41,7 @@ def layers_taken(base: str, name: str) -> bool:
 
 KINDS: dict[str, tuple[Callable[[], bool], str]] = {
     "slices": (lambda: "enable_lora" not in REFUSED, "enable_lora is set"),
-    "modules": (lambda: "modules_to_save" not in REFUSED, "modules_to_save is set"),
+    "modules": (lambda: "modules_to_save" not in REFUSED, "a whole weight (modules_to_save"),
     "tokens": (lambda: "trainable_token_indices" not in REFUSED, "trainable_token_indices is set"),
     "dora": (lambda: "use_dora" not in REFUSED, "use_dora is set"),
     "pair bias": (lambda: "lora_bias" not in REFUSED, "lora_bias is set"),
