@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,12 +20,14 @@ from sideroad.files import JSON, json_text, parse_object, read_json, replace_dir
 from sideroad.lowrank import LowRank
 from sideroad.pairs import blocks, compact, enabled, matrices, out_of, slices_of, spread
 from sideroad.peft_fields import shown
-from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, write_config
+from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, unfold_slices, write_config
 from sideroad.peft_keys import BASE, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
 from sideroad.scaling import RULES, scale
 from sideroad.targets import alpha_of, rank_of
 from sideroad.tensor_checks import weight_findings
 from sideroad.tensor_files import read_sharded, read_tensors, same_bits, shorten, write_tensors
+
+logger = logging.getLogger(__name__)
 
 RESERVED = ("base", "config")
 """Names in sideroad.json that `save` writes itself; a manifest cannot use them."""
@@ -120,6 +123,7 @@ class Adapter:
         source = find_weights(directory)
         tensors = read_sharded(source) if source.name.endswith(".json") else read_tensors(source)
         found = from_tensors(tensors, saved_names(fields))
+        fields, found.weights = unfold_slices(fields, found.weights)
         findings = found.findings + weight_findings(found.weights, found.modules, found.kinds)
         ranks = {} if findings else file_ranks(fields, found.weights, found.kinds)
         reading = read_config(
@@ -142,6 +146,8 @@ class Adapter:
             foreign=reading.foreign,
             manifest=manifest,
         )
+        if adapter.config.bias != "none" and not any("bias" in leaves for leaves in adapter.weights.values()):
+            logger.warning("%s trained biases, but the file holds none: PEFT 0.11 to 0.15 left them out", directory)
         return adapter._with_exact_config(exact, fields, directory)
 
     def save(self, path: str | os.PathLike[str], *, card: str | None = None) -> None:

@@ -170,7 +170,8 @@ def _shape_problems(
         yield f"has slices that do not fit: {error}"
         return
     if isinstance(layer, CLASSES) and layer.groups > 1 and parts["A"][1:2] == (layer.in_channels,):
-        needed = (rank * layer.groups, layer.in_channels, *layer.kernel_size), needed[1]
+        whole = rank if parts["A"][0] == rank else rank * layer.groups
+        needed = (whole, layer.in_channels, *layer.kernel_size), needed[1]
     for part, shape in zip("AB", needed, strict=True):
         if parts[part] != shape:
             yield f"has {part} of shape {list(parts[part])}; the layer needs {list(shape)} for rank {rank}"
@@ -181,19 +182,19 @@ def _kind_problems(
 ) -> Iterable[str]:
     """Sentences about a pair that was made for another kind of layer, or computed in another way."""
     kind, layer = survey.kinds.get(survey.canonical.get(path, path)), survey.modules.get(path)
-    if "A" not in parts or kind is None:
+    if "A" not in parts or kind is None or layer is None:
         return
     embedding = EmbeddingKind.name
     if (said == embedding) != (kind.name == embedding):
         made, found = ("an embedding", "not one") if said == embedding else ("another kind of layer", "an embedding")
         yield f"has a pair that was made for {made}, but this {type(layer).__name__} is {found}"
-    if said == PEFT_CONVOLUTION and isinstance(layer, CLASSES):
-        if layer.padding_mode != "zeros" or any(step != 1 for step in layer.dilation):
-            yield (
-                "has a pair of PEFT, which trains A without dilation and padding mode; this "
-                f"{type(layer).__name__} has dilation={layer.dilation}, padding_mode={layer.padding_mode!r}, so the "
-                "pair would act otherwise here. Train it again here, where A has the layer's geometry"
-            )
+    plain = not isinstance(layer, CLASSES) or (layer.padding_mode == "zeros" and set(layer.dilation) == {1})
+    if said == PEFT_CONVOLUTION and not plain:
+        yield (
+            "has a pair of PEFT, which trains A without dilation and padding mode; this "
+            f"{type(layer).__name__} has them ({layer.extra_repr()}), so the pair would act otherwise here. Train it "
+            "again here, where A has the layer's geometry"
+        )
 
 
 def _row_problems(

@@ -87,7 +87,7 @@ class Attached:
         return self._roster.find(name).paths
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return an adapter's live parameters by `<module path>.A`, `.B`, `.bias`, `.rows` or a whole module's names."""
+        """Return an adapter's live parameters by `<module path>.A`, `.B`, `.bias`, `.rows` or a module's own names."""
         deltas = ((path, find_delta(self.model, path, name)) for path in self._roster.find(name).paths)
         return {f"{path}.{part}": one for path, delta in deltas for part, one in parameters_of(delta).items()}
 

@@ -25,8 +25,10 @@ from sideroad.peft_parts import (
     saved_names,
     their_modules,
     their_tokens,
+    unfold_slices,
 )
 from sideroad.peft_targets import (
+    bare_suffix,
     is_target,
     our_patterns,
     our_targets,
@@ -37,7 +39,7 @@ from sideroad.peft_targets import (
 )
 from sideroad.targets import alpha_of
 
-__all__ = ["Reading", "file_rank", "file_ranks", "read_config", "saved_names", "write_config"]
+__all__ = ["Reading", "file_rank", "file_ranks", "read_config", "saved_names", "unfold_slices", "write_config"]
 
 _BIASES = {"none": "none", "lora_only": "adapted", "all": "all"}
 
@@ -99,7 +101,7 @@ def read_config(
         return Reading(findings=tuple(findings))
     try:
         config = AdapterConfig.model_validate({
-            **our_targets(fields, list(ranks), held.kinds),
+            **our_targets(fields, list(ranks), held.kinds, exact=any(bare_suffix(fields, path) for path in ranks)),
             "modules_to_save": our_modules(fields, held),
             "trainable_tokens": tokens,
             "method": {
@@ -196,6 +198,7 @@ def _fit_findings(
         for path in ranks
         if not is_target(fields, peft_path(path, held.kinds))
         and not (fields.get("ensure_weight_tying") and follows_embedding(path, held.weights))
+        and not bare_suffix(fields, path)
     ]
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""

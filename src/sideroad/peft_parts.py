@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sideroad.config import AdapterConfig
+from sideroad.pairs import spread
 from sideroad.patterns import is_name, matches
 from sideroad.peft_keys import OUTPUT, Sorted
 from sideroad.peft_targets import our_name, their_name, their_value
@@ -44,10 +45,47 @@ def file_ranks(
     return ranks
 
 
+_HEADS = {
+    "SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"],
+}  # fmt: skip
+"""Task → the heads that PEFT saves with it; versions up to 0.6 did not write their names."""
+
+
 def saved_names(fields: Mapping[str, Any]) -> list[str]:
     """Return the names in `modules_to_save`; anything but a list of strings is reported later."""
     found = fields.get("modules_to_save")
+    if found is None:
+        return _HEADS.get(str(fields.get("task_type")), [])
     return [name for name in found if isinstance(name, str) and name] if isinstance(found, list) else []
+
+
+def unfold_slices(
+    fields: dict[str, Any], weights: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Read the pairs on slices of PEFT 0.1 and 0.2 (`enable_lora`) as ordinary pairs with zeros elsewhere.
+
+    Those have A [slices * rank, in] and B [rows of the enabled slices, slices * rank / 2, 1]: the weight of a
+    convolution in two groups, however many slices there are. Their s is alpha / rank.
+
+    Returns:
+        Fields and weights, with ranks and alpha of whole pairs; as given where nothing is folded.
+    """
+    enable, rank, alpha = fields.get("enable_lora"), fields.get("r"), fields.get("lora_alpha")
+    known = isinstance(enable, list) and all(type(one) is bool for one in enable) and any(enable)
+    if not known or type(rank) is not int or type(alpha) not in (int, float):
+        return fields, weights
+    assert isinstance(enable, list)
+    assert isinstance(alpha, int | float)
+    count, unfolded = sum(enable), dict(weights)
+    for path, leaves in weights.items():
+        B = leaves.get("B")
+        if "A" in leaves and B is not None and B.ndim == 3 and B.shape[0] % (2 * count) == 0:
+            rows, half = B.shape[0], B.shape[0] // 2
+            parts = iter(spread(B.flatten(1), ((0, half), (half, rows)), rows).chunk(count))
+            width = rows // count
+            pieces = [next(parts) if one else B.new_zeros(width, 2 * B.shape[1]) for one in enable]
+            unfolded[path] = {**leaves, "B": torch.cat(pieces)}
+    return {**fields, "enable_lora": None, "r": rank * count, "lora_alpha": alpha * count}, unfolded
 
 
 def module_findings(fields: Mapping[str, Any], held: Sorted, source: str) -> list[str]:

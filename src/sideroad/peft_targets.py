@@ -51,13 +51,26 @@ def _in_layers(fields: Mapping[str, Any], path: str) -> bool:
     return False
 
 
-def our_targets(fields: Mapping[str, Any], paths: list[str], kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
+def bare_suffix(fields: Mapping[str, Any], path: str) -> bool:
+    """Whether a path is a target only by PEFT's rule before 0.5: a listed name may end it anywhere (`p` in `up`)."""
+    wanted = fields.get("target_modules")
+    newer = ("rank_pattern" in fields, fields.get("exclude_modules"), fields.get("layers_to_transform"))
+    old = not any(newer) and isinstance(wanted, list)
+    return old and not is_target(fields, path) and any(path.endswith(name) for name in wanted or ())
+
+
+def our_targets(
+    fields: Mapping[str, Any], paths: list[str], kinds: Mapping[str, str] | None = None, *, exact: bool = False
+) -> dict[str, Any]:
     """Return targets, exclude, layers and layers_pattern of an `AdapterConfig`.
 
     Args:
         paths: the modules that have tensors; they are named one by one where our language cannot say the same.
+        exact: name every module.
         kinds: of those that are not plain. PEFT's name of an attention means its output projection too, ours does not.
     """
+    if exact:
+        return {"targets": [our_name(path) for path in paths]}
     outputs = [path for path in paths if (kinds or {}).get(path) == OUTPUT]
     if outputs:
         owners = {path.rpartition(".")[0] for path in outputs}

@@ -75,8 +75,9 @@ def resolve(model: nn.Module | Survey, config: AdapterConfig) -> dict[str, Targe
     findings = _broken(config)
     raise_findings(TargetError, f"targets of {survey.model_name}", findings)
     chosen = survey.select(config, findings)
-    findings += _check_slices(survey, config, chosen)
-    raise_findings(TargetError, f"targets of {survey.model_name}", findings)
+    misfits = _check_slices(survey, config, chosen)
+    if misfits:
+        raise_findings(TargetError, f"targets of {survey.model_name}", findings + misfits)
     targets = {path: _target(config, path, survey.adaptable[path]) for path in chosen}
     whole, rows = survey.whole(config, findings), survey.rows(config, findings)
     if not targets and not findings and not (whole or rows):

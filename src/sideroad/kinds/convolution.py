@@ -21,7 +21,7 @@ class Convolution:
 
     One pair for each group: A [groups * rank, in / groups, *kernel], B [out, rank, 1, ...]; with one group these are
     PEFT's shapes. PEFT's pair on a grouped layer has A [rank, in, *kernel], which sees all inputs, and B [out, rank /
-    groups, 1, ...]; that acts here too (A says which by its second dimension), but no grouped weight can hold it.
+    groups, 1, ...] (in old files [out, rank, 1, ...]); they act here too, but no grouped weight can hold them.
     """
 
     name: str | None = None
@@ -70,7 +70,8 @@ class Convolution:
             x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = 0  # type: ignore[assignment]
         low = convolve(x, A.to(x.dtype), None, conv.stride, padding, conv.dilation, groups)
-        return y + convolve((low * factor).to(y.dtype), B.to(y.dtype), groups=conv.groups)
+        back = conv.groups if B.shape[1] * conv.groups == A.shape[0] else 1
+        return y + convolve((low * factor).to(y.dtype), B.to(y.dtype), groups=back)
 
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Return the bias as [out, 1, ...]: outputs are channels, in front of the places."""
