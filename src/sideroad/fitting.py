@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -204,7 +205,8 @@ def _row_problems(
         yield f"has trained rows and also {', '.join(part for part in parts if part != ROWS)}"
     ids = tokens_of(config, path)
     findings: list[str] = []
-    found = survey.rows(config, findings)
+    here = {f"re:{re.escape(path)}": ids} if ids else {}
+    found = survey.rows(config.model_copy(update={"trainable_tokens": here}), findings)
     yield from (finding.rstrip(".") for finding in findings)
     if not findings and survey.canonical[path] not in found:
         yield "has trained rows, but trainable_tokens name no ids for it"

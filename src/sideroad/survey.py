@@ -115,7 +115,7 @@ class Survey:
                 over = [one for one in ids if one >= count]
                 if over:
                     findings.append(
-                        f"trainable_tokens {over[:5]} of {path} are outside its {count} rows; call "
+                        f"trainable_tokens {over[:5]} are outside the {count} rows of {path}; call "
                         f"resize_token_embeddings({max(ids) + 1}) first if they are new."
                     )
                 found.setdefault(path, ids)

@@ -1,0 +1,115 @@
+"""Grown vocabularies: the rows beyond the base's own, and the recipe that makes room for them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sideroad.adapter import Adapter
+from sideroad.errors import AdapterError
+from sideroad.methods import ROWS, tokens_of
+from sideroad.patterns import matches, shortest_names
+from sideroad.survey import Survey
+
+RECIPE = "vocabulary"
+"""Key of an adapter's manifest: `{"from": rows of the base, "to": rows that the adapter needs}`."""
+
+
+def with_grown_rows(survey: Survey, model: nn.Module, value: Adapter, base_rows: int) -> Adapter:
+    """Add what a resized vocabulary has beyond the base's rows: those rows, trained or not, and the recipe.
+
+    A whole embedding is hundreds of MB where the new rows are a few KB.
+
+    Args:
+        survey: of the model.
+        model: resized with `resize_token_embeddings`; its output head is looked at too, unless it is tied.
+        value: the adapter to be saved.
+        base_rows: size of the base's vocabulary before it was resized.
+    Raises:
+        AdapterError: an embedding or head that has grown carries a low-rank pair, which rows cannot stand beside.
+    """
+    weights, tokens = dict(value.weights), dict(value.config.trainable_tokens)
+    to = base_rows
+    for path, layer in vocabulary_layers(survey, model).items():
+        weight = layer.get_parameter("weight").detach()
+        to = max(to, weight.shape[0])
+        if weight.shape[0] <= base_rows or path in value.modules:
+            continue
+        if "A" in weights.get(path, {}):
+            raise AdapterError(
+                f"{path} has grown from {base_rows} to {weight.shape[0]} rows and carries a low-rank pair; the new "
+                "rows cannot be saved beside it. Train them with trainable_tokens instead of a pair, or save the layer "
+                "whole with modules_to_save."
+            )
+        trained = tokens_of(value.config, path)
+        new = tuple(one for one in range(base_rows, weight.shape[0]) if one not in trained)
+        rows = weight[torch.tensor(new, dtype=torch.long, device=weight.device)].to("cpu", copy=True)
+        held = weights.get(path, {}).get(ROWS)
+        weights[path] = {ROWS: rows if held is None else torch.cat([held, rows.to(held.dtype)])}
+        tokens = {_exact(survey, path): (*trained, *new)} | {
+            pattern: ids for pattern, ids in tokens.items() if not (trained and matches(pattern, path))
+        }
+    if to == base_rows:
+        return value
+    return replace(
+        value,
+        weights={path: weights[path] for path in survey.modules if path in weights},
+        config=value.config.model_copy(update={"trainable_tokens": tokens}),
+        manifest={**value.manifest, RECIPE: {"from": base_rows, "to": to}},
+    )
+
+
+def grow(model: nn.Module, value: Adapter) -> bool:
+    """Resize a model's vocabulary as an adapter's recipe says; return whether anything was done.
+
+    The new rows are zero until the adapter acts, which holds them.
+
+    Raises:
+        AdapterError: the model's vocabulary is neither the base's nor the one needed, or it cannot be resized.
+    """
+    recipe = value.manifest.get(RECIPE)
+    if not isinstance(recipe, Mapping):
+        return False
+    start, end = recipe.get("from"), recipe.get("to")
+    if type(start) is not int or type(end) is not int or not 0 < start < end:
+        raise AdapterError(f'"{RECIPE}" in sideroad.json is {recipe!r}; expected {{"from": rows, "to": more rows}}.')
+    embedding = _ask(model, "get_input_embeddings")
+    resize = getattr(model, "resize_token_embeddings", None)
+    if embedding is None or not callable(resize):
+        raise AdapterError(f"the adapter needs {end} token rows, but {type(model).__name__} cannot be resized.")
+    have = embedding.get_parameter("weight").shape[0]
+    if have == end:
+        return False
+    if have != start:
+        raise AdapterError(
+            f"the adapter was made for a base of {start} token rows, grown to {end}; this {type(model).__name__} has "
+            f"{have}. Load the base as it was published."
+        )
+    resize(end, mean_resizing=False)
+    with torch.no_grad():
+        for layer in vocabulary_layers(Survey(model), model).values():
+            layer.get_parameter("weight")[start:] = 0
+    return True
+
+
+def vocabulary_layers(survey: Survey, model: nn.Module) -> dict[str, nn.Module]:
+    """Return the input embedding and, where it is not tied to it, the output head, by path."""
+    found = [_ask(model, name) for name in ("get_input_embeddings", "get_output_embeddings")]
+    layers = [layer for layer in found if layer is not None and isinstance(layer._parameters.get("weight"), Tensor)]
+    by_id = {id(module): path for path, module in reversed(survey.modules.items())}
+    distinct = {id(layer.get_parameter("weight")): layer for layer in reversed(layers)}
+    return {by_id[id(layer)]: layer for layer in reversed(distinct.values()) if id(layer) in by_id}
+
+
+def _ask(model: nn.Module, name: str) -> nn.Module | None:
+    ask: Any = getattr(model, name, None)
+    found = ask() if callable(ask) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _exact(survey: Survey, path: str) -> str:
+    return shortest_names([path], survey.modules)[0]
