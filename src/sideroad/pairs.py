@@ -70,7 +70,9 @@ def spread(B: Tensor, where: Blocks, out_features: int) -> Tensor:
 
 
 def compact(B: Tensor, where: Blocks) -> Tensor | None:
-    """Undo `spread`; None where B has values outside the blocks."""
+    """Undo `spread`; None where B has values outside the blocks, or is no matrix."""
+    if B.ndim != 2:
+        return None
     rank = B.shape[1] // len(where)
     parts = [B[start:stop, index * rank : (index + 1) * rank] for index, (start, stop) in enumerate(where)]
     small = torch.cat(parts)

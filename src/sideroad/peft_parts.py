@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sideroad.config import AdapterConfig
+from sideroad.errors import AdapterError
 from sideroad.pairs import spread
 from sideroad.patterns import is_name, matches
 from sideroad.peft_keys import OUTPUT, Sorted
@@ -40,9 +42,16 @@ def file_ranks(
     for path, leaves in weights.items():
         if "A" in leaves:
             grouped = leaves["A"].shape[0] != leaves["B"].shape[1]
-            wanted = their_value(said, peft_path(path, kinds), fields.get("r", 8)) if grouped else None
+            wanted = _said_rank(said, peft_path(path, kinds), fields.get("r", 8)) if grouped else None
             ranks[path] = file_rank(leaves, wanted)
     return ranks
+
+
+def _said_rank(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    try:
+        return their_value(patterns, path, default)
+    except (re.error, RecursionError, OverflowError):
+        return default  # the broken pattern is reported when the configuration is read
 
 
 _HEADS = {
@@ -147,7 +156,10 @@ def their_tokens(config: AdapterConfig, held: Sorted) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for path, leaves in held.weights.items():
         if "rows" in leaves:
-            pattern, ids = next((p, i) for p, i in config.trainable_tokens.items() if matches(p, path))
+            named = [(pattern, ids) for pattern, ids in config.trainable_tokens.items() if matches(pattern, path)]
+            if not named:
+                raise AdapterError(f"{path} has trained rows, but trainable_tokens has no pattern that means it.")
+            pattern, ids = named[0]
             found[pattern if is_name(pattern) else path] = list(ids)
     return found
 
