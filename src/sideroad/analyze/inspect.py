@@ -74,7 +74,13 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """Everything `inspect_adapter` finds; `biases` maps module paths to the norms of their trained biases."""
+    """Everything `inspect_adapter` finds.
+
+    Args:
+        biases: path → norm of its trained bias.
+        rows: path of an embedding or head → how many of its rows are trained.
+        whole: path of a module trained whole → its values.
+    """
 
     path: str
     files: tuple[FileReport, ...]
@@ -87,6 +93,8 @@ class AdapterReport:
     modules: tuple[ModuleReport, ...]
     groups: tuple[GroupReport, ...]
     biases: dict[str, float]
+    rows: dict[str, int]
+    whole: dict[str, int]
     foreign: dict[str, JSON]
     manifest: dict[str, JSON]
 
@@ -105,7 +113,8 @@ def inspect_adapter(path: str | os.PathLike[str], *, allow_unknown: tuple[str, .
     """
     directory = Path(path)
     adapter = Adapter.load(directory, allow_unknown=allow_unknown)
-    tensors = [tensor for leaves in adapter.weights.values() for tensor in leaves.values()]
+    held = [*adapter.weights.values(), *adapter.modules.values()]
+    tensors = [tensor for leaves in held for tensor in leaves.values()]
     modules = tuple(_module(adapter, name) for name in adapter.paths)
     return AdapterReport(
         path=str(directory),
@@ -121,6 +130,8 @@ def inspect_adapter(path: str | os.PathLike[str], *, allow_unknown: tuple[str, .
         modules=modules,
         groups=_groups(modules),
         biases={name: _norm(leaves["bias"]) for name, leaves in adapter.weights.items() if "bias" in leaves},
+        rows={name: len(leaves["rows"]) for name, leaves in adapter.weights.items() if "rows" in leaves},
+        whole={name: sum(one.numel() for one in state.values()) for name, state in adapter.modules.items()},
         foreign=dict(adapter.foreign),
         manifest=dict(adapter.manifest),
     )
@@ -128,12 +139,13 @@ def inspect_adapter(path: str | os.PathLike[str], *, allow_unknown: tuple[str, .
 
 def _module(adapter: Adapter, path: str) -> ModuleReport:
     A, B = (adapter.weights[path][leaf] for leaf in ("A", "B"))
-    values = adapter.lower(path).singular_values().double()
+    low = adapter.lower(path)
+    values = low.singular_values().double()
     return ModuleReport(
         path=path,
-        out_features=B.shape[0],
-        in_features=A.shape[1],
-        rank=A.shape[0],
+        out_features=low.shape[0],
+        in_features=low.shape[1],
+        rank=adapter.ranks[path],
         alpha=alpha_of(adapter.config, path),
         scale=adapter.scale(path),
         dtype=_name(A),

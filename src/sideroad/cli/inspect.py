@@ -69,6 +69,10 @@ def _print(console: Console, report: AdapterReport, all_modules: bool) -> None:
         console.print(render.table(("module", "rank", "scale", "norm", "effective rank"), every))
     for path, norm in report.biases.items():
         console.print(f"{path}.bias  norm {norm:.4g}", soft_wrap=True)
+    for path, count in report.rows.items():
+        console.print(f"{path}  {count} trained rows", soft_wrap=True)
+    for path, count in report.whole.items():
+        console.print(f"{path}  trained whole, {count:,} values", soft_wrap=True)
 
 
 def _print_facts(console: Console, report: AdapterReport) -> None:

@@ -83,6 +83,7 @@ def open_session(
     from sideroad.base import load_base
     from sideroad.cli.progress import loading
     from sideroad.files import read_json
+    from sideroad.vocabulary import grow
 
     adapters = {name: Adapter.load(directory) for name, directory in directories.items()}
     named = (named_base(directories[name], adapter) for name, adapter in adapters.items())
@@ -92,6 +93,7 @@ def open_session(
     handle = None
     for name, adapter in adapters.items():
         _check_base(name, adapter, base, forced=model is not None, bar=bar)
+        grow(base.model, adapter)
         handle = attach(base.model, adapter, name, trainable=False)
     merged = Path(os.path.expanduser(config.model)) / MANIFEST
     return Session(base, handle, adapters, read_json(merged) if merged.is_file() else {})

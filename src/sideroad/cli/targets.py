@@ -95,16 +95,23 @@ def _configure(start: dict[str, Any], options: list[tuple[str, Any]], overrides:
 
 
 def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
-    from sideroad.targets import bias_paths, resolve
+    from sideroad.survey import Survey
+    from sideroad.targets import resolve
 
-    targets = resolve(model, config)
-    biased = bias_paths(model, config, targets)
+    survey = Survey(model)
+    targets = resolve(survey, config)
+    biased = survey.biases(config, targets)
+    rows = {path: len(ids) for path, ids in survey.rows(config, []).items()}
+    whole = {
+        path: sum(one.numel() for one in survey.modules[path].parameters()) for path in survey.whole(config, [])
+    }  # fmt: skip
+    extra = sum(count * model.get_parameter(f"{path}.weight").shape[1] for path, count in rows.items())
     biases = sum(model.get_parameter(f"{path}.bias").numel() for path in biased)
     groups: dict[tuple[str, int, int, int, float], list[Target]] = defaultdict(list)
     for target in targets.values():
         leaf = target.path.rpartition(".")[2]
         groups[leaf, target.out_features, target.in_features, target.rank, target.alpha].append(target)
-    trainable = sum(target.parameters for target in targets.values()) + biases
+    trainable = sum(target.parameters for target in targets.values()) + biases + extra + sum(whole.values())
     return {
         "model": name,
         "architecture": type(model).__name__,
@@ -126,6 +133,8 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
         ],
         "paths": [{"path": target.path, "rank": target.rank} for target in targets.values()],
         "bias_paths": list(biased),
+        "rows": rows,
+        "whole": whole,
     }
 
 
@@ -156,6 +165,10 @@ def _print(survey: dict[str, Any], all_paths: bool) -> None:
     )
     sizes = ", ".join(f"{render.size(number)} in {name}" for name, number in file_bytes.items())
     console.print(f"adapter file {sizes}")
+    for path, count in survey["rows"].items():
+        console.print(f"{path}: {count} rows", soft_wrap=True)
+    for path, count in survey["whole"].items():
+        console.print(f"{path}: whole, {count:,} parameters", soft_wrap=True)
     if all_paths:
         for entry in survey["paths"]:
             console.print(f"{entry['path']}  rank {entry['rank']}", soft_wrap=True)

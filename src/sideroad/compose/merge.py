@@ -24,6 +24,7 @@ from sideroad.errors import MergeError, raise_findings
 from sideroad.files import JSON, json_text, read_json, refuse_occupied_path, replace_directory, write_bytes
 from sideroad.lowrank import LowRank
 from sideroad.tensor_files import read_tensors, same_bits, shorten
+from sideroad.vocabulary import grow
 from sideroad.weights import read_dense
 
 logger = logging.getLogger("sideroad.compose.merge")
@@ -202,6 +203,7 @@ def _changes(values: Mapping[Path, Adapter], weights: Mapping[Path, float]) -> d
 
 def _add(model: nn.Module, adapters: Mapping[str, tuple[Adapter, float]]) -> tuple[str, ...]:
     for name, (value, _) in adapters.items():
+        grow(model, value)
         handle = attach(model, value, name)
     handle.activate({name: weight for name, (_, weight) in adapters.items()})
     handle.merge_and_unload()
