@@ -65,9 +65,8 @@ def merge_into(model: nn.Module, parts: Parts, *, keep_base: bool) -> tuple[Kept
     shared = _row_sharers(layers, parts)
     written = [place(path, name) for path, found in names.items() if path not in shared for name in found]
     ties = find_ties(model, written, [place(path, "weight") for path in shared])
-    # what only follows a tied embedding is written with it, unless the two part
-    parts = {path: pairs for path, pairs in parts.items() if not _follows(path, pairs, layers, ties)}
-    layers = {path: layers[path] for path in parts}
+    layers = _without_followers(layers, shared)
+    parts = {path: parts[path] for path in layers}
     _refuse_non_finite(layers, parts)
     kept = {path: copy_parameters(layer, names[path]) for path, layer in layers.items()} if keep_base else None
     untied = untie(model, ties)
@@ -168,13 +167,17 @@ def _row_sharers(layers: Mapping[str, nn.Module], parts: Parts) -> set[str]:
     return {path for path in layers if all(isinstance(delta, kinds) for delta, _ in parts[path])}
 
 
-def _follows(path: str, pairs: Pairs, layers: Mapping[str, nn.Module], ties: Mapping[str, str]) -> bool:
-    """Whether a path only repeats the rows of a layer whose very weight it holds and goes on holding."""
-    if not all(isinstance(delta, TiedRows) for delta, _ in pairs) or path in ties:
-        return False
-    weight = weight_of(layers[path])
-    holders = [one for one, layer in layers.items() if one != path and layer._parameters.get("weight") is weight]
-    return any(one not in ties for one in holders)
+def _without_followers(layers: Mapping[str, nn.Module], shared: set[str]) -> dict[str, nn.Module]:
+    """Leave out layers of `shared` whose very weight an earlier one of them holds: the same rows are written once."""
+    written: set[int] = set()
+    kept = {}
+    for path, layer in layers.items():
+        weight = id(weight_of(layer)) if path in shared else None
+        if weight is None or weight not in written:
+            kept[path] = layer
+        if weight is not None:
+            written.add(weight)
+    return kept
 
 
 def copy_parameters(layer: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
