@@ -62,9 +62,13 @@ class RowsDelta(nn.Module):
         """There is no low-rank change; `write_rows` is all."""
 
     def write_rows(self, layer: nn.Module, weight: Tensor, factor: float) -> Tensor:
-        """Return a stored weight [tokens, dim] with the change added `factor` times; exactly the rows at factor 1."""
-        rows = self.rows.detach() if factor == 1.0 else weight[self.ids] + factor * self.change(layer).detach()
-        return weight.index_copy(0, self.ids, rows.to(weight))
+        """Return a stored weight [tokens, dim] with the change added `factor` times; alone at 1: exactly the rows."""
+        before, base = weight[self.ids], layer.get_parameter("weight").detach()[self.ids]
+        added = before + (factor * self.change(layer).detach()).to(weight)
+        if factor == 1.0:
+            # what others have not changed becomes the row itself, without the rounding of a difference
+            added = torch.where(before == base.to(before), self.rows.detach().to(before), added)
+        return weight.index_copy(0, self.ids, added)
 
     def extra_repr(self) -> str:
         """Show how many rows are trained."""
