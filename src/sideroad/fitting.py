@@ -16,7 +16,7 @@ from sideroad.joining import Placed, find_row_ties, state_without_adapters
 from sideroad.kinds import ALLOWED
 from sideroad.kinds.convolution import CLASSES
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
-from sideroad.methods import PARTS, ROWS, tokens_of
+from sideroad.methods import BRANCHLESS, PARTS, ROWS, tokens_of
 from sideroad.pairs import pair_shapes
 from sideroad.peft_keys import PEFT_CONVOLUTION
 from sideroad.route import deltas_of
@@ -54,7 +54,7 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
             if whole
             else [
                 *_module_problems(survey, value.config, path, layout[path]),
-                *_kind_problems(survey, path, layout[path], value.kinds.get(path)),
+                *_kind_problems(survey, path, layout[path], value.kinds.get(path), value.config.method.dropout),
             ]
         )
         for problem in found:
@@ -96,11 +96,10 @@ def compare_layouts(survey: Survey, value: Adapter, name: str, present: Layout) 
     """Return the adapter's tensors by the model's paths, if they are exactly those that `present` has.
 
     Raises:
-        AdapterError: every tensor that is missing, unknown or of another shape.
+        AdapterError: every tensor that is missing, unknown or of another shape; what `fit` says.
     """
-    value, _ = settle_copies(survey, _parted(survey, value))
-    placed = {survey.canonical.get(path, path): parts for path, parts in {**value.weights, **value.modules}.items()}
-    given = layout_of(placed)
+    settled, _ = settle_copies(survey, _parted(survey, value))
+    given = layout_of({survey.canonical.get(at, at): one for at, one in {**settled.weights, **settled.modules}.items()})
     findings = []
     for path in dict.fromkeys([*present, *given]):
         here, there = present.get(path, {}), given.get(path, {})
@@ -113,7 +112,8 @@ def compare_layouts(survey: Survey, value: Adapter, name: str, present: Layout) 
             elif here[part] != there[part]:
                 findings.append(f"{path}.{part} is {list(there[part])}; needed {list(here[part])}.")
     _raise(survey, value, name, findings)
-    return placed
+    fitted = fit(survey, value, name)
+    return {**fitted.tensors, **fitted.modules}
 
 
 def refuse_occupied(layers: Mapping[str, nn.Module], route: object) -> None:
@@ -179,12 +179,14 @@ def _shape_problems(
 
 
 def _kind_problems(
-    survey: Survey, path: str, parts: Mapping[str, tuple[int, ...]], said: str | None
+    survey: Survey, path: str, parts: Mapping[str, tuple[int, ...]], said: str | None, dropout: float
 ) -> Iterable[str]:
     """Sentences about a pair that was made for another kind of layer, or computed in another way."""
     kind, layer = survey.kinds.get(survey.canonical.get(path, path)), survey.modules.get(path)
     if "A" not in parts or kind is None or layer is None:
         return
+    if kind.seam == "owner" and dropout:
+        yield f"cannot have the adapter's dropout of {dropout}: it {BRANCHLESS}"
     embedding = EmbeddingKind.name
     if (said == embedding) != (kind.name == embedding):
         made, found = ("an embedding", "not one") if said == embedding else ("another kind of layer", "an embedding")
@@ -222,6 +224,8 @@ def _whole_problems(survey: Survey, path: str, parts: Mapping[str, tuple[int, ..
     if module is None:
         yield f"does not exist in the model.{did_you_mean(path, survey.modules)}"
         return
+    if why := survey.uncalled(path):
+        yield why
     own = {name: tuple(tensor.shape) for name, tensor in state_without_adapters(module).items()}
     for part in dict.fromkeys([*own, *parts]):
         if part not in parts:

@@ -33,6 +33,12 @@ from sideroad.scaling import scale
 PARTS: Mapping[str, tuple[str, ...]] = {"lora": ("A", "B")}
 """Method kind → names of the tensors that a target needs; `bias` may stand beside them or alone."""
 
+BRANCHLESS = (
+    "is a projection of nn.MultiheadAttention, which reads its weight and has no branch to drop from. Set dropout to "
+    "0, or leave the attention out with exclude"
+)
+"""Why there can be no dropout on a kind whose seam is its owner."""
+
 ROWS = "rows"
 """Name of the tensor that holds trained token rows, [ids, dim]."""
 
@@ -72,10 +78,7 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
     kind = kind_of(layer)
     assert kind is not None, "fitting and targets let only known kinds through"
     if kind.seam == "owner" and config.method.dropout:
-        raise AdapterError(
-            f"dropout is {config.method.dropout}, but {path} is a projection of nn.MultiheadAttention, which reads its "
-            'weight and has no branch to drop from. Set dropout to 0, or leave the attention out with exclude.'
-        )
+        raise AdapterError(f"dropout is {config.method.dropout}, but {path} {BRANCHLESS}.")
     parts, out_features = slices_of(config, path), kind.shape(layer)[0]
     return LoraDelta(
         placed["A"],
@@ -90,10 +93,14 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
 
 
 def tune_delta(delta: nn.Module, config: AdapterConfig, path: str, layer: nn.Module) -> None:
-    """Give a delta the scale and dropout of another configuration of the same shapes."""
+    """Give a delta the scale, dropout, slices and token ids of another configuration of the same shapes."""
     if isinstance(delta, LoraDelta):
         delta.scale = scale(config, path, layer_rank(layer, delta.A, delta.B))
         delta.dropout = config.method.dropout
+        parts = slices_of(config, path)
+        delta.where = None if parts is None else blocks(parts, delta.out_features)
+    elif isinstance(delta, RowsDelta):
+        delta.name(tokens_of(config, path))
 
 
 def layer_rank(layer: nn.Module, A: Tensor, B: Tensor) -> int:

@@ -28,7 +28,12 @@ class RowsDelta(nn.Module):
     def __init__(self, rows: Tensor, ids: Sequence[int]) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows)
-        named = torch.tensor(list(ids), dtype=torch.long, device="cpu" if rows.is_meta else rows.device)
+        self.name(ids)
+
+    def name(self, ids: Sequence[int]) -> None:
+        """Let the rows stand for these token ids."""
+        device = "cpu" if self.rows.is_meta else self.rows.device
+        named = torch.tensor(list(ids), dtype=torch.long, device=device)
         self.register_buffer("ids", named, persistent=False)
         self.register_buffer("order", torch.argsort(named), persistent=False)
 
