@@ -31,9 +31,12 @@ class Convolution:
     linear = False
 
     def claims(self, layer: nn.Module) -> bool:
-        """Whether it is a convolution of one of the three classes, with a plain weight."""
+        """Whether it is a convolution of one of the three classes, with a plain weight and their forward."""
         weight = layer._parameters.get("weight")
         if weight is None or not weight.is_floating_point() or not isinstance(layer, CLASSES):
+            return False
+        # subclasses that standardise their weight or pad by themselves would not equal their merged weight
+        if not any(type(layer).forward is known.forward for known in CLASSES):
             return False
         return tuple(weight.shape) == (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 
