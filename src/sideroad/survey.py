@@ -10,6 +10,7 @@ from torch import nn
 from sideroad.config import AdapterConfig
 from sideroad.errors import did_you_mean
 from sideroad.kinds import ALLOWED, Kind, kind_of
+from sideroad.kinds.attention import OutProjection
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
 from sideroad.kinds.linear import Linear as LinearKind
 from sideroad.patterns import block_index, is_name, matches, parse_blocks, ranges
@@ -80,10 +81,22 @@ class Survey:
                 findings.append(f'modules_to_save "{pattern}" matches no module of {self.model_name}.{guess}')
             empty = [path for path in hits if next(self.modules[path].parameters(), None) is None]
             findings += [f'modules_to_save "{pattern}" means {path}, which has no parameters.' for path in empty[:1]]
+            parts = [part for path in hits if path not in empty for part in self.parts(path)]
+            uncalled = [(part, why) for part in parts if (why := self.uncalled(part))]
+            findings += [f'modules_to_save "{pattern}" means {path}, which {why}.' for path, why in uncalled[:1]]
             chosen += [self.canonical[path] for path in hits]
         wanted = set(chosen)
         outermost = [path for path in self.modules if path in wanted and not _inside(path, wanted)]
-        return [part for path in outermost for part in self.parts(path)]
+        return list(dict.fromkeys(self.canonical[part] for path in outermost for part in self.parts(path)))
+
+    def uncalled(self, path: str) -> str | None:
+        """Return why a copy could not act in place of the module at a path: nothing calls it; None where it could."""
+        module = self.modules[path]
+        if self.canonical[path] in self.kinds and self.kinds[self.canonical[path]].name == OutProjection.name:
+            return "has a weight that its attention reads without calling it; name the attention"
+        if type(module).forward is nn.Module.forward:
+            return f"is a {type(module).__name__} without a forward; name the modules in it, or the one around it"
+        return None
 
     def parts(self, path: str) -> list[str]:
         """Return the modules that stand for the one at a path when it is trained whole.
@@ -93,8 +106,9 @@ class Survey:
         module = self.modules[path]
         if not isinstance(module, CONTAINERS):
             return [path] if next(module.parameters(), None) is not None else []
-        names = [name for name, child in module._modules.items() if child is not None]
-        return [part for name in names for part in self.parts(f"{path}.{name}")]
+        # a module that is in the container twice is one module
+        first = {id(child): name for name, child in reversed(module._modules.items()) if child is not None}
+        return [part for name in reversed(first.values()) for part in self.parts(f"{path}.{name}")]
 
     def rows(self, config: AdapterConfig, findings: list[str]) -> dict[str, tuple[int, ...]]:
         """Return the paths of embeddings and heads of which rows are trained, with the token ids."""
