@@ -102,7 +102,7 @@ class Attached:
         return replace(entry.description, config=config, weights=weights, modules=modules)
 
     def load(self, name: str, value: Adapter) -> None:
-        """Overwrite an attached adapter's tensors, scale and dropout in place; `requires_grad` stays as it is.
+        """Overwrite an attached adapter's tensors and settings in place; `requires_grad` stays as it is.
 
         Raises:
             AdapterError: another set of tensors or other shapes; all are listed and nothing is changed.
@@ -272,7 +272,13 @@ class Attached:
         with uninterrupted():
             if not self._roster.entries:
                 self._flags = take_hold(self.model, self)
-            join(self.model, self._route, escape(name), deltas, trainable)
+            try:
+                join(self.model, self._route, escape(name), deltas, trainable)
+            except AdapterError:
+                part(self.model, escape(name), entry.places)
+                if not self._roster.entries:
+                    let_go(self.model, self._flags)
+                raise
             self._roster.entries[name] = entry
             if len(self._roster.entries) == 1:
                 self._route.switch({name: 1.0})
