@@ -8,12 +8,14 @@ from torch import nn
 
 from sideroad.adapter import Adapter
 from sideroad.config import AdapterConfig
-from sideroad.errors import AdapterError
+from sideroad.errors import AdapterError, MergeError
 from sideroad.fitting import fit
 from sideroad.handle import Attached
 from sideroad.hold import HANDLE
 from sideroad.init import draw_seed, start_tensors
 from sideroad.joining import Placed, find_row_ties, start_rows, state_without_adapters
+from sideroad.methods import ROWS
+from sideroad.peft_keys import BASE
 from sideroad.survey import Survey
 from sideroad.targets import resolve
 
@@ -51,6 +53,7 @@ def attach(
     Raises:
         AdapterError: the name is taken or empty, or the tensors do not fit; nothing is changed then.
         TargetError: the configuration's targets do not fit.
+        MergeError: adapters are merged, and this one starts from the base's own weights (bias, rows, whole modules).
     """
     handle = attached(model)
     if handle is None:
@@ -59,6 +62,7 @@ def attach(
         handle = Attached(model)
     model = handle.model
     handle.refuse_name(name)
+    _refuse_merged(handle, adapter_or_config)
     if isinstance(adapter_or_config, Adapter):
         placed = _place(handle, adapter_or_config, name)
         description = replace(adapter_or_config, weights={}, modules={})
@@ -70,6 +74,21 @@ def attach(
     wanted = not isinstance(adapter_or_config, Adapter) if trainable is None else trainable
     handle.put(name, description, placed, wanted)
     return handle
+
+
+def _refuse_merged(handle: Attached, wanted: Adapter | AdapterConfig) -> None:
+    """What starts from the base's own weights, is compared with them or follows their ties needs them in place."""
+    if not handle.merged_names:
+        return
+    if isinstance(wanted, Adapter):
+        needs = any(leaves.keys() & {ROWS, BASE} for leaves in wanted.weights.values())
+    else:
+        needs = wanted.bias != "none" or bool(wanted.modules_to_save or wanted.trainable_tokens)
+    if needs:
+        raise MergeError(
+            f"{', '.join(handle.merged_names)} is merged, and this adapter starts from the base's own weights (bias, "
+            "modules_to_save, trainable_tokens) or is compared with them; unmerge() first."
+        )
 
 
 def _place(handle: Attached, value: Adapter, name: str) -> Placed:
