@@ -194,8 +194,9 @@ class Adapter:
         config = self.config.model_copy(
             update={
                 "slices": {},
-                "rank_pattern": {**ranks, **self.config.rank_pattern},
-                "alpha_pattern": {**alphas, **self.config.alpha_pattern},
+                # first, so that they match first; last, so that no older value stays under the same key
+                "rank_pattern": {**ranks, **self.config.rank_pattern, **ranks},
+                "alpha_pattern": {**alphas, **self.config.alpha_pattern, **alphas},
             }
         )
         return replace(self, config=config, weights=weights)
