@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,21 +39,23 @@ with new_draft(Path(sys.argv[1])) as draft:
 
 
 @pytest.fixture
-def writer(tmp_path: Path) -> subprocess.Popen[str]:
+def writer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process in the middle of writing to tmp_path/there; its first line is its draft's name."""
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(tmp_path / "there")], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", HOLDING, str(tmp_path / "there")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_living_writers_draft_stays_and_a_killed_ones_goes(tmp_path: Path, writer: subprocess.Popen[str]) -> None:
     assert writer.stdout is not None
-    with writer:
-        draft = writer.stdout.readline().strip()
-        replace_directory(tmp_path / "there", build)
-        assert names(tmp_path) == [draft, "there"]
-        assert names(tmp_path / draft) == ["half.txt"]
-        writer.kill()
+    draft = writer.stdout.readline().strip()
+    replace_directory(tmp_path / "there", build)
+    assert names(tmp_path) == [draft, "there"]
+    assert names(tmp_path / draft) == ["half.txt"]
+    writer.kill()
     assert writer.wait() == -signal.SIGKILL
     assert names(tmp_path) == [draft, "there"]
     replace_directory(tmp_path / "there", build)

@@ -251,3 +251,8 @@ def test_blocks_that_no_model_has_are_named_at_once(layers: str) -> None:
     model = module_of({"layers": {"0": "linear"}})
     with pytest.raises(TargetError, match=r"is not a range; write 5, 0-3|means 1000000000 blocks; no model has that"):
         resolve(model, AdapterConfig(layers=layers))
+
+
+def test_only_plain_digits_number_a_block() -> None:
+    model = module_of({"layers": {"²": "linear", "0": "linear", "1": "linear"}})
+    assert list(resolve(model, AdapterConfig(layers="1", method=LoraMethod(rank=2)))) == ["layers.1"]
