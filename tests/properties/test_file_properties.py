@@ -61,11 +61,12 @@ def numbers_of(*shape: int) -> Tensor:
 
 RICH = Adapter(
     AdapterConfig(
-        targets=("q", "qkv", "conv", "grouped", "tok"), method=LoraMethod(rank=2), bias="adapted",
+        targets=("q", "qkv", "conv", "conv1", "grouped", "tok"), method=LoraMethod(rank=2), bias="adapted",
         slices={"qkv": (True, False, True)}, modules_to_save=("score",), trainable_tokens={"embed": (1, 5)},
     ),
     {
         "m.conv": {"A": numbers_of(2, 3, 3, 3), "B": numbers_of(4, 2, 1, 1)},
+        "m.conv1": {"A": numbers_of(2, 3, 3), "B": numbers_of(4, 2, 1)},
         "m.embed": {"rows": numbers_of(2, 4)},
         "m.grouped": {"A": numbers_of(4, 2, 3, 3), "B": numbers_of(4, 2, 1, 1)},
         "m.q": {"A": numbers_of(2, 4), "B": numbers_of(3, 2), "bias": numbers_of(3)},
@@ -467,7 +468,7 @@ JSON_FIELDS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
     "rank_pattern", "alpha_pattern", "init_lora_weights", "peft_type", "task_type", "lora_dropout", "use_rslora",
     "base_model_name_or_path", "use_dora", "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
-    "novelty", "base", "config", "a" * 3000,
+    "enable_lora", "novelty", "base", "config", "a" * 3000,
 )  # fmt: skip
 EXACT_FIELDS = tuple(AdapterConfig.model_fields)
 ODD: tuple[Any, ...] = (
@@ -478,7 +479,7 @@ ODD: tuple[Any, ...] = (
     {"embed": [1, 10**400]}, {"x": [1]}, {"qkv": [True, True]}, {"q": [[-3, True], [6, True]]}, {"*": [True]},
     {"q": [[2**63, True], [3 - 2**63, True]]}, {"qkv": [[0, True], [6, True]]}, {"conv": [True, True]}, {"(": [True]},
     {"re:(": [True]}, {"tok": [[4, True]]}, {"qkv": [[6, True], [0, True]]}, {"targets": ["re:("]},
-    {"name": "x" * 25_000},
+    {"name": "x" * 25_000}, [True], [True, True], [True, False, True], [False, True] * 40,
 )  # fmt: skip
 
 
