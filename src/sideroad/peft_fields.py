@@ -46,6 +46,22 @@ TYPES_REFUSED: Mapping[str, str] = {
     "BOFT": "orthogonal rotations", "XLORA": "a mixture of adapters", "LN_TUNING": "trained norms",
 }  # fmt: skip
 
+ONLY_NEW: Mapping[str, str] = {
+    "megatron_config": "Megatron's parallel layers", "megatron_core": "Megatron's parallel layers",
+    "loftq_config": "options of LoftQ", "eva_config": "options of EVA", "corda_config": "options of CorDA",
+    "lora_ga_config": "options of LoRA-GA", "qalora_group_size": "the group size of QA-LoRA",
+    "runtime_config": "offloading while an adapter is made",
+}  # fmt: skip
+"""Fields that say nothing about a finished adapter, but that a new one would be made by → what they are."""
+
+INITS_UNKNOWN: Mapping[str, str] = {
+    "pissa": "PiSSA, principal singular vectors of the weight", "olora": "OLoRA, a QR decomposition of the weight",
+    "corda": "CorDA, directions of a data set", "loftq": "LoftQ, the error of quantisation",
+    "lora_ga": "LoRA-GA, the first gradients", "eva": "EVA, singular vectors of the inputs",
+    "orthogonal": "orthogonal factors", "mica": "MiCA, minor singular vectors of the weight",
+}  # fmt: skip
+"""Starts of PEFT's that cannot be made yet → what they are; a finished adapter may have come from some of them."""
+
 _INITS_HARMLESS = ("gaussian", "eva", "orthogonal", "mica")
 _INITS_REFUSED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -85,6 +101,31 @@ def sift(
         else:
             kept[name] = value
     return kept, findings
+
+
+def unsupported(fields: Mapping[str, Any]) -> list[str]:
+    """List what a new adapter asks for by PEFT's fields that cannot be done, each by its name.
+
+    Args:
+        fields: a whole configuration, in PEFT's words; what is missing has its default.
+    """
+    findings = [
+        f"{name} is set ({_shown(value)}): {what}. That is not supported yet; leave it out"
+        for name, what in {**REFUSED, "ensure_weight_tying": "one adapter for a tied embedding and head"}.items()
+        if (value := fields.get(name)) or (name == "alora_invocation_tokens" and value is not None)
+    ]
+    findings += [
+        f"{name} is set ({_shown(fields[name])}): {what}, which is not supported yet; leave it out"
+        for name, what in ONLY_NEW.items()
+        if fields.get(name, HARMLESS[name]) not in (None, HARMLESS[name])
+    ]
+    init = fields.get("init_lora_weights", True)
+    if init is True or init is False or init == "gaussian":
+        return findings
+    known = next((what for name, what in INITS_UNKNOWN.items() if str(init).lower().startswith(name)), None)
+    hint = "" if known else did_you_mean(str(init), ("gaussian", *INITS_UNKNOWN))
+    what = f" ({known}), which is not supported yet" if known else ", which is not known"
+    return [*findings, f'init_lora_weights is {_shown(init)}{what}; allowed: True, False, "gaussian".{hint}']
 
 
 def init_of(fields: Mapping[str, Any], kept: dict[str, Any], source: str) -> tuple[str, list[str]]:

@@ -1,0 +1,54 @@
+"""The model card that stands beside an adapter: README.md with the fields that hubs read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sideroad.adapter_files import CARD
+from sideroad.errors import AdapterError
+from sideroad.files import replace_file
+
+FENCE = "---\n"
+
+
+def update_card(directory: Path, fields: Mapping[str, Any], tags: list[str]) -> None:
+    """Write README.md, or bring the front matter of the one there is up to date; its text stays as it is.
+
+    Args:
+        fields: front matter to set where it is missing.
+        tags: to be added to those there are.
+    Raises:
+        AdapterError: the front matter there is cannot be read.
+    """
+    path = directory / CARD
+    said, text = _split(path) if path.exists() else ({}, _text(fields))
+    merged = {**{name: value for name, value in fields.items() if value is not None}, **said}
+    merged["tags"] = sorted({*(said.get("tags") or []), *tags})
+    front = yaml.safe_dump(merged, sort_keys=True, allow_unicode=True)
+    replace_file(path, f"{FENCE}{front}{FENCE}{text}".encode())
+
+
+def _split(path: Path) -> tuple[dict[str, Any], str]:
+    content = path.read_text(encoding="utf-8")
+    if not content.startswith(FENCE):
+        return {}, "\n" + content
+    front, closed, text = content.removeprefix(FENCE).partition(f"\n{FENCE}")
+    try:
+        said = yaml.safe_load(front) or {}
+    except yaml.YAMLError as error:
+        raise AdapterError(f"{path}: the front matter is not YAML: {error}. Mend it or remove the file.") from error
+    if not closed or not isinstance(said, dict):
+        raise AdapterError(f"{path}: the front matter does not end, or holds no fields. Mend it or remove the file.")
+    return said, text
+
+
+def _text(fields: Mapping[str, Any]) -> str:
+    base = fields.get("base_model") or "a base model"
+    return (
+        f"\n# LoRA adapter for {base}\n\nMade with sideroad, in PEFT's format:\n\n```python\n"
+        "from sideroad.peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, DIRECTORY)\n```\n"
+    )

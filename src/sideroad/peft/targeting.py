@@ -1,0 +1,235 @@
+"""A LoraConfig and a model to an AdapterConfig: PEFT's rules of matching, and errors where PEFT says nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sideroad.adapter import Adapter
+from sideroad.config import AdapterConfig, AdapterDtype
+from sideroad.errors import ConfigError, TargetError, did_you_mean, raise_findings
+from sideroad.peft.config import LoraConfig, plain
+from sideroad.peft.default_targets import default_names
+from sideroad.peft.kinds import HEADS, TaskType
+from sideroad.peft_targets import is_target, our_patterns, our_targets
+from sideroad.targets import Survey, shortest_names
+
+BIASES: Mapping[str, str] = {"none": "none", "lora_only": "adapted", "all": "all"}
+INITS: Mapping[Any, str] = {True: "kaiming", False: "random", "gaussian": "gaussian"}
+NARROW = frozenset({torch.float16, torch.bfloat16})
+
+
+def settle(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Return a copy of a configuration as it stands for one model: heads of its task added, targets that are chosen by
+    the model ("all-linear", None) by their names, the base's name filled in.
+
+    Raises:
+        TargetError: no target is given and the model has no layers of known names.
+    """
+    config.check()
+    changes: dict[str, Any] = {
+        name: type(value)(value) for name, value in vars(config).items() if isinstance(value, list | dict | set)
+    }
+    heads = _heads(config, model)
+    if heads:
+        changes["modules_to_save"] = [*dict.fromkeys([*(config.modules_to_save or ()), *heads])]
+    if config.base_model_name_or_path is None:
+        changes["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    settled = replace(config, **changes)
+    survey = Survey(model)
+    if settled.target_modules is None:
+        settled.target_modules = _default(survey)
+    elif _is_all_linear(settled.target_modules):
+        linear = _all_linear(settled, model, survey)
+        others = [path for path in survey.modules if path and survey.canonical[path] not in linear]
+        names = shortest_names(linear, others)
+        settled.target_modules = set(linear if any(name.startswith("re:") for name in names) else names)
+    return settled
+
+
+def adapter_config(config: LoraConfig, model: nn.Module, *, autocast: bool) -> AdapterConfig:
+    """Translate a settled configuration for one model.
+
+    Args:
+        autocast: keep adapters of a 16-bit base in fp32.
+    Raises:
+        TargetError: names that match no module (unless `allow_unmatched`), modules that cannot be adapted, and what
+            the core finds wrong with blocks, ranks and biases.
+    """
+    survey = Survey(model)
+    fields = plain(vars(config))
+    fields["exclude_modules"], fields["target_modules"] = _present(config, survey, fields)
+    paths = chosen_paths(config, survey, fields)
+    said = our_targets(fields, paths)
+    return _at(said, config, paths, survey, autocast)
+
+
+def adapter_config_at(config: LoraConfig, model: nn.Module, paths: list[str], *, autocast: bool) -> AdapterConfig:
+    """Translate a configuration for modules that are known already, whatever its targets say."""
+    survey = Survey(model)
+    return _at(our_targets({"target_modules": paths}, paths), config, paths, survey, autocast)
+
+
+def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) -> list[str]:
+    """Return the paths that PEFT's rules choose, each module once, in the model's order.
+
+    Raises:
+        TargetError: none are left, or some cannot be adapted.
+    """
+    whole = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.modules_to_save or ()]
+    paths = [
+        path
+        for path in survey.modules
+        if path and survey.canonical[path] == path and is_target(dict(fields), path)
+        and not any(one.match(path) for one in whole)
+    ]  # fmt: skip
+    wrong = [path for path in paths if path not in survey.adaptable]
+    findings = [
+        f"target_modules mean {path} ({type(survey.modules[path]).__name__}), which cannot be adapted. {survey.found()}"
+        for path in wrong[:3]
+    ]
+    if len(wrong) > 3:
+        findings.append(f"and {len(wrong) - 3} more that cannot be adapted")
+    if not paths:
+        findings.append(
+            f"target_modules {_shown(config.target_modules)} mean no module of {survey.model_name}, with what "
+            f"exclude_modules, layers_to_transform and modules_to_save leave. {survey.found()}"
+        )
+    raise_findings(TargetError, f"target_modules for {survey.model_name}", findings)
+    return paths
+
+
+def _at(
+    said: Mapping[str, Any], config: LoraConfig, paths: list[str], survey: Survey, autocast: bool
+) -> AdapterConfig:
+    values = {
+        **said,
+        "method": {
+            "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
+            "scaling": "alpha/sqrt(r)" if config.use_rslora else "alpha/r",
+            "init": INITS.get(config.init_lora_weights, "kaiming"),
+        },
+        "rank_pattern": our_patterns(_used(config, "rank_pattern", paths), paths),
+        "alpha_pattern": our_patterns(_used(config, "alpha_pattern", paths), paths),
+        "bias": BIASES[config.bias],
+        "dtype": _dtype((survey.modules[path] for path in paths), autocast),
+    }  # fmt: skip
+    result = AdapterConfig.model_validate(values)
+    if set(survey.select(result, [])) != set(paths):
+        exact = our_targets({"target_modules": paths}, paths)
+        result = AdapterConfig.model_validate({**values, **exact, "layers": None, "layers_pattern": None})
+    return result
+
+
+def _present(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return exclude_modules and target_modules, whose names must each match a module (or are passed over)."""
+    findings, kept = [], []
+    for name in ("exclude_modules", "target_modules"):
+        value = fields[name]
+        if not isinstance(value, list):
+            kept.append(value)
+            continue
+        unmatched = [one for one in value if not any(_means(one, path) for path in survey.modules if path)]
+        kept.append([one for one in value if one not in unmatched])
+        findings += [
+            f'{name}: "{one}" matches no module of {survey.model_name}.'
+            f"{did_you_mean(one, [*survey.leaves(), *survey.adaptable])} {survey.found()} "
+            "Take it out, or set allow_unmatched=True"
+            for one in unmatched
+            if not config.allow_unmatched
+        ]
+    raise_findings(TargetError, f"names that match nothing in {survey.model_name}", findings)
+    return kept[0], kept[1]
+
+
+def _used(config: LoraConfig, name: str, paths: list[str]) -> dict[str, Any]:
+    """Return a pattern field, whose keys must each match an adapted module (or are passed over)."""
+    pattern: dict[str, Any] = getattr(config, name) or {}
+    unmatched = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths)]
+    if unmatched and not config.allow_unmatched:
+        leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        findings = [
+            f'{name}: "{key}" matches none of the adapted modules ({", ".join(leaves)}).{did_you_mean(key, leaves)} '
+            "Take it out, or set allow_unmatched=True"
+            for key in unmatched
+        ]
+        raise_findings(TargetError, f"keys of {name} that match nothing", findings)
+    return {key: value for key, value in pattern.items() if key not in unmatched}
+
+
+def _default(survey: Survey) -> set[str]:
+    present = {path.rpartition(".")[2] for path in survey.modules}
+    names = default_names(present)
+    if names is None:
+        raise TargetError(
+            f"target_modules is None, and {survey.model_name} has no layers of the usual names to choose. "
+            f'{survey.found()} Name some, or give "all-linear".'
+        )
+    meant = [path for path in survey.modules if survey.canonical[path] == path and path.rpartition(".")[2] in names]
+    good = [path for path in meant if path in survey.adaptable]
+    return set(names if len(good) == len(meant) else good)
+
+
+def _all_linear(config: LoraConfig, model: nn.Module, survey: Survey) -> list[str]:
+    """PEFT's rule: every linear layer but the output embedding, or but a classification's head where there is none."""
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        heads = (getattr(model, name, None) for name in ("score", "classifier"))
+        head = next((one for one in heads if one is not None), None)
+    linear = [path for path, layer in survey.adaptable.items() if layer is not head and _is_linear(layer)]
+    if not linear:
+        raise TargetError(f"{survey.model_name} has no linear layer that could be adapted.")
+    return linear
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return any(kind.__name__ in ("Linear", "Conv1D") for kind in type(layer).__mro__)
+
+
+def _heads(config: LoraConfig, model: nn.Module) -> list[str]:
+    if config.task_type is None:
+        return []
+    names = HEADS.get(TaskType(config.task_type), ())
+    last = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return [name for name in names if name in last]
+
+
+def _dtype(layers: Iterable[nn.Module], autocast: bool) -> AdapterDtype:
+    """Return how the adapter of these layers is stored: in fp32, but for fp64 layers, and 16-bit ones without autocast."""
+    kinds = {one.dtype for layer in layers for one in layer.parameters(recurse=False)}
+    return "base" if torch.float64 in kinds or (kinds & NARROW and not autocast) else "float32"
+
+
+def _is_all_linear(value: object) -> bool:
+    return isinstance(value, str) and value.lower() == "all-linear"
+
+
+def _means(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _shown(value: object) -> str:
+    return repr(sorted(value) if isinstance(value, set) else value)
+
+
+def refuse_foreign(config: object) -> None:
+    """Raise ConfigError unless this is a LoraConfig of ours."""
+    if not isinstance(config, LoraConfig):
+        kind = type(config)
+        raise ConfigError(
+            f"the configuration is a {kind.__module__}.{kind.__qualname__}; "
+            "allowed: sideroad.peft.LoraConfig (change the import of the configuration too)."
+        )
+
+
+def placed_config(value: Adapter, model: nn.Module, *, autocast: bool) -> AdapterConfig:
+    """Return a finished adapter's configuration with the type that its tensors get on this model."""
+    modules = dict(model.named_modules())
+    layers = [modules[path] for path in value.weights if path in modules]
+    return value.config.model_copy(update={"dtype": _dtype(layers, autocast)})
