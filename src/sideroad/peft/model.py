@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sideroad.errors import AdapterError, ConfigError
 from sideroad.peft.card import update_card
+from sideroad.peft.checkpointing import feed_gradients, recomputes, starve_gradients
 from sideroad.peft.config import LoraConfig
 from sideroad.peft.files import read_stored, refuse_options, value_of, warn_of_unsaved, write_adapter
 from sideroad.peft.kinds import PeftType
@@ -334,21 +335,10 @@ class PeftModel(Reported, nn.Module):
         )
 
     def _feed_gradients(self) -> None:
-        """Make the inputs require gradients: reentrant checkpointing gives none at all where no input needs one."""
-        base: Any = self.get_base_model()
-        if not self._feeds_gradients and hasattr(base, "enable_input_require_grads"):
-            base.enable_input_require_grads()
-            self._feeds_gradients = True
+        self._feeds_gradients = self._feeds_gradients or feed_gradients(self.get_base_model())
 
     def _without_hook(self, base: nn.Module) -> nn.Module:
-        plain: Any = base
-        if self._feeds_gradients and hasattr(plain, "disable_input_require_grads"):
-            plain.disable_input_require_grads()
+        if self._feeds_gradients:
+            starve_gradients(base)
         self._feeds_gradients = False
         return base
-
-
-def recomputes(model: nn.Module) -> bool:
-    """Say whether a model recomputes activations, by the newer or the older name of the question."""
-    newer = getattr(model, "is_activation_checkpointing", None)
-    return bool(getattr(model, "is_gradient_checkpointing", False) if newer is None else newer)

@@ -201,7 +201,7 @@ def _heads(config: LoraConfig, model: nn.Module) -> list[str]:
 
 
 def _dtype(layers: Iterable[nn.Module], autocast: bool) -> AdapterDtype:
-    """Return how the adapter of these layers is stored: in fp32, but for fp64 layers, and 16-bit ones without autocast."""
+    """Return how the adapter of these layers is stored: in fp32, but for fp64, and 16 bits without autocast."""
     kinds = {one.dtype for layer in layers for one in layer.parameters(recurse=False)}
     return "base" if torch.float64 in kinds or (kinds & NARROW and not autocast) else "float32"
 
