@@ -313,20 +313,21 @@ class LoraModel(nn.Module):
         if merged:
             handle.unmerge()
         try:
-            handle.merge(self._weighed(wanted), keep_base=keep_base)
+            handle.merge(self.weighed(wanted), keep_base=keep_base)
         except BaseException:
             if merged:
-                handle.merge(self._weighed(merged))
+                handle.merge(self.weighed(merged))
             raise
 
-    def _weighed(self, names: Sequence[str]) -> dict[str, float]:
+    def weighed(self, names: Sequence[str]) -> dict[str, float]:
+        """Return the factor of each of these adapters, as `set_scale` left it."""
         return {name: self._factors.get(name, 1.0) for name in names}
 
     def _switch(self) -> None:
         """Make the handle's choice follow ours; a merged model keeps what is merged."""
         handle = attached(self.model)
         if handle is not None and not handle.merged_names:
-            handle.activate(self._weighed(self._chosen if self.enabled else ()))
+            handle.activate(self.weighed(self._chosen if self.enabled else ()))
 
     def _emptied(self) -> nn.Module:
         self.peft_config.clear()

@@ -19,7 +19,7 @@ from sideroad.peft.files import read_stored, refuse_options, value_of, warn_of_u
 from sideroad.peft.kinds import PeftType
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.reported import Reported
-from sideroad.peft.rows import rows
+from sideroad.peft.rows import copies_in, rows, rows_in
 from sideroad.peft.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -86,13 +86,13 @@ class PeftModel(Reported, nn.Module):
             AdapterError: an unknown name, another number of rows, or adapters that are disabled.
             MergeError: adapters are merged.
         """
-        with rows(self.base_model, adapter_names):
+        with rows(self.base_model, adapter_names, rows_in(args, kwargs)):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate with the base's own `generate`; `adapter_names` as in `forward`, one for each prompt."""
-        with rows(self.base_model, adapter_names, beams=int(kwargs.get("num_beams") or 1)):
-            base: Any = self.get_base_model()
+        base: Any = self.get_base_model()
+        with rows(self.base_model, adapter_names, rows_in(args, kwargs), copies_in(base, kwargs)):
             return base.generate(*args, **kwargs)
 
     @property
