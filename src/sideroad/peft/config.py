@@ -18,6 +18,9 @@ from sideroad.peft_fields import init_of, sift, unsupported
 Names = list[str] | set[str] | tuple[str, ...] | str
 """Several names, or one regular expression."""
 
+UNWRITTEN = ("allow_unmatched", "runtime_config")
+"""Fields that no file has: ours, and what holds while a program runs."""
+
 
 @dataclass
 class PeftConfig:
@@ -69,8 +72,7 @@ class PeftConfig:
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        said = {name: value for name, value in plain(self.to_dict()).items() if name != "allow_unmatched"}
-        replace_file(directory / CONFIG, json_text(said).encode())
+        replace_file(directory / CONFIG, json_text(written(self)).encode())
 
     @classmethod
     def from_pretrained(
@@ -192,7 +194,7 @@ class LoraConfig(PeftConfig):
         """
         findings = [*sift(content, source=source)[1], *init_of(content, {}, source)[1]]
         content = {**content, "target_modules": content.get("target_modules") or None}
-        wrong = contradictions({**_defaults(), **content})
+        wrong = contradictions({**_defaults(), **content, "peft_type": None})
         raise_findings(AdapterError, f"{source} cannot be used", [*findings, *(f"{source}: {one}" for one in wrong)])
         config = cls.__new__(cls)
         known = {one.name for one in fields(cls)}
@@ -225,6 +227,11 @@ def plain(said: Mapping[str, Any]) -> dict[str, Any]:
         name: sorted(value) if isinstance(value, set) else str(value) if isinstance(value, str) else value
         for name, value in said.items()
     }
+
+
+def written(config: PeftConfig) -> dict[str, Any]:
+    """Return all fields that a file holds, as JSON can hold them."""
+    return {name: value for name, value in plain(config.to_dict()).items() if name not in UNWRITTEN}
 
 
 def _defaults() -> dict[str, Any]:

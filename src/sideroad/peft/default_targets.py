@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 _RWKV7 = ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value")
 
 FAMILIES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), ("q_proj", "v_proj", "fc1", "fc2")),
+    (("q_proj", "v_proj", "self_attn.dense", "fc1", "fc2"), ("q_proj", "v_proj", "fc1", "fc2")),
     (("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "conv1d"), ("q_proj", "k_proj", "v_proj", "o_proj")),
     (_RWKV7, _RWKV7),
     (("receptance", "key", "value", "output"), ("key", "value", "receptance", "output")),
@@ -20,19 +20,21 @@ FAMILIES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("q", "v"), ("q", "v")),
     (("q_lin", "v_lin"), ("q_lin", "v_lin")),
     (("query", "value"), ("query", "value")),
-    (("in_proj", "pos_proj", "pos_q_proj"), ("in_proj",)),
+    (("self.in_proj",), ("in_proj",)),
 )
-"""Last names of layers that a model has → those that are adapted; the first row whose names are all there counts.
+"""Ends of paths that a model has → last names of the layers to adapt; the first row whose ends are all there counts.
 
 Attention's queries and values as in the paper (arXiv:2106.09685, sec. 7.1), the fused projection where there is
 one, and the choices PEFT makes for the same models.
 """
 
 
-def default_names(present: Collection[str]) -> tuple[str, ...] | None:
+def default_names(paths: Iterable[str]) -> tuple[str, ...] | None:
     """Return the last names of the layers to adapt, or None where no row of the table fits.
 
     Args:
-        present: last names of all modules of the model.
+        paths: of all modules of the model.
     """
-    return next((chosen for needed, chosen in FAMILIES if set(needed) <= set(present)), None)
+    parts = [path.split(".") for path in paths]
+    present = {path[-1] for path in parts} | {".".join(path[-2:]) for path in parts}
+    return next((chosen for needed, chosen in FAMILIES if set(needed) <= present), None)

@@ -17,7 +17,7 @@ from sideroad.adapter_files import CONFIG, INDEX, MANIFEST, find_weights, refuse
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError, ConfigError, raise_findings
 from sideroad.files import read_json
-from sideroad.peft.config import LoraConfig, plain
+from sideroad.peft.config import LoraConfig, written
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.stored import Stored
 from sideroad.peft_fields import init_of, sift
@@ -37,7 +37,7 @@ def value_of(tuner: LoraModel, name: str, weights: Mapping[str, Mapping[str, Ten
         weights: tensors to take instead of the live ones.
     """
     config, live = tuner.peft_config[name], tuner.handle.adapter(name)
-    fields = {field: value for field, value in plain(vars(config)).items() if field != "allow_unmatched"}
+    fields = written(config)
     said = our_targets(fields, list(live.paths))
     foreign, _ = sift(fields, source="LoraConfig")
     init_of(fields, foreign, "LoraConfig")
@@ -103,8 +103,7 @@ def _read_as(directory: Path, config: LoraConfig, allowed: tuple[str, ...]) -> A
     weights, findings = from_tensors(_tensors(directory), leave_out=allowed)
     findings += weight_findings(weights, lambda p, leaf: module_key(p, leaf, adapted="A" in weights[p]))
     ranks = {} if findings else {path: leaves["A"].shape[0] for path, leaves in weights.items() if "A" in leaves}
-    fields = {field: value for field, value in plain(vars(config)).items() if field != "allow_unmatched"}
-    reading = read_config(fields, ranks, source="the given config")
+    reading = read_config(written(config), ranks, source="the given config")
     raise_findings(AdapterError, f"{directory} cannot be used with this config", [*reading.findings, *findings])
     base = BaseRecord(reading.base_name) if reading.base_name else None
     return Adapter(reading.config, weights, base, reading.task_type, reading.foreign)

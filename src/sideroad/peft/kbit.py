@@ -41,12 +41,14 @@ def prepare_model_for_kbit_training(
         torch.cuda.empty_cache()
     if (loaded or packed) and use_gradient_checkpointing:
         base: Any = model
-        if not hasattr(base, "gradient_checkpointing_enable"):
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next((getattr(base, name) for name in names if hasattr(base, name)), None)
+        if enable is None:
             raise ConfigError(
                 f"{type(model).__name__} has no gradient_checkpointing_enable; pass use_gradient_checkpointing=False."
             )
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if hasattr(base, "enable_input_require_grads"):
             base.enable_input_require_grads()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        enable(options)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -216,13 +217,10 @@ class LoraModel(nn.Module):
         self.known(adapter_name)
         if self.merged_adapters:
             raise MergeError("set_scale() on merged adapters would change nothing; call unmerge_adapter() first.")
-        before = self._factors.get(adapter_name, 1.0)
+        if not math.isfinite(scale):
+            raise AdapterError(f'the scale of adapter "{adapter_name}" is {scale}; it must be a finite number.')
         self._factors[adapter_name] = float(scale)
-        try:
-            self._switch()
-        except AdapterError:
-            self._factors[adapter_name] = before
-            raise
+        self._switch()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the present factor of every chosen adapter by `scale`, in every layer."""
@@ -262,9 +260,8 @@ class LoraModel(nn.Module):
     ) -> nn.Module:
         """Merge the chosen adapters (or those named), remove all of them for good, and return the plain model.
 
-        Args:
-            progressbar: without effect; nothing is printed.
-            safe_merge: without effect, as in `merge_adapter`.
+        `progressbar` and `safe_merge` are without effect: nothing is printed, and every merge is a safe one.
+
         Raises:
             AdapterError, MergeError: as in `merge_adapter`.
         """

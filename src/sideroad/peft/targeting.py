@@ -85,7 +85,8 @@ def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) 
     paths = [
         path
         for path in survey.modules
-        if path and survey.canonical[path] == path and is_target(dict(fields), path)
+        if path and survey.canonical[path] == path
+        and fields["target_modules"] and is_target(dict(fields), path)
         and not any(one.match(path) for one in whole)
     ]  # fmt: skip
     wrong = [path for path in paths if path not in survey.adaptable]
@@ -117,7 +118,7 @@ def _at(
         "rank_pattern": our_patterns(_used(config, "rank_pattern", paths), paths),
         "alpha_pattern": our_patterns(_used(config, "alpha_pattern", paths), paths),
         "bias": BIASES[config.bias],
-        "dtype": _dtype((survey.modules[path] for path in paths), autocast),
+        "dtype": _dtype((survey.modules[path] for path in paths if path in survey.modules), autocast),
     }  # fmt: skip
     result = AdapterConfig.model_validate(values)
     if set(survey.select(result, [])) != set(paths):
@@ -163,8 +164,7 @@ def _used(config: LoraConfig, name: str, paths: list[str]) -> dict[str, Any]:
 
 
 def _default(survey: Survey) -> set[str]:
-    present = {path.rpartition(".")[2] for path in survey.modules}
-    names = default_names(present)
+    names = default_names(survey.modules)
     if names is None:
         raise TargetError(
             f"target_modules is None, and {survey.model_name} has no layers of the usual names to choose. "
