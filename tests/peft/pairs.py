@@ -23,9 +23,9 @@ def tiny_gpt2() -> nn.Module:
         torch.manual_seed(0)
         shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
         model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            parameter.data.uniform_(-0.1, 0.1)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.data.uniform_(-0.1, 0.1)
     return model.eval()
 
 

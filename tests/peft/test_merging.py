@@ -153,7 +153,7 @@ def test_switching_while_merged_unmerges_with_a_warning() -> None:
 
 def test_unknown_names_and_blocks_are_refused() -> None:
     model = three()
-    with pytest.raises(AdapterError, match='no adapter is named "bb".*Did you mean "b"'):
+    with pytest.raises(AdapterError, match=r'no adapter is named "bb".*Did you mean "b"'):
         model.merge_adapter(["b", "bb"])
     with model.disable_adapter(), pytest.raises(AdapterError, match="inside a"):
         model.merge_adapter()

@@ -19,14 +19,16 @@ def update_card(directory: Path, fields: Mapping[str, Any], tags: list[str]) -> 
     """Write README.md, or bring the front matter of the one there is up to date; its text stays as it is.
 
     Args:
-        fields: front matter to set where it is missing.
+        fields: front matter; `library_name` and `base_model` are set, others only where they are missing.
         tags: to be added to those there are.
     Raises:
         AdapterError: the front matter there is cannot be read.
     """
     path = directory / CARD
     said, text = _split(path) if path.exists() else ({}, _text(fields))
-    merged = {**{name: value for name, value in fields.items() if value is not None}, **said}
+    given = {name: value for name, value in fields.items() if value is not None}
+    merged: dict[str, Any] = {**given, **said}
+    merged.update((name, given[name]) for name in ("library_name", "base_model") if name in given)
     merged["tags"] = sorted({*(said.get("tags") or []), *tags})
     front = yaml.safe_dump(merged, sort_keys=True, allow_unicode=True)
     replace_file(path, f"{FENCE}{front}{FENCE}{text}".encode())

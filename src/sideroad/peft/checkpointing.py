@@ -7,19 +7,20 @@ from typing import Any
 from torch import nn
 
 
-def recomputes(model: nn.Module) -> bool:
-    """Say whether a model recomputes activations, by the newer or the older name of the question."""
-    newer = getattr(model, "is_activation_checkpointing", None)
-    return bool(getattr(model, "is_gradient_checkpointing", False) if newer is None else newer)
-
-
 def feed_gradients(model: nn.Module) -> bool:
-    """Make a model's inputs require gradients, without which reentrant checkpointing gives none; say if it could."""
+    """Make the inputs of a model that recomputes activations require gradients, and say if that was done here.
+
+    Without it, reentrant checkpointing gives no gradient at all: the base is frozen, and so no input needs one.
+    transformers does it itself for text when checkpointing is switched on.
+    """
     base: Any = model
-    if hasattr(base, "enable_input_require_grads"):
-        base.enable_input_require_grads()
-        return True
-    return False
+    recomputes = getattr(base, "is_activation_checkpointing", None)
+    if recomputes is None:
+        recomputes = getattr(base, "is_gradient_checkpointing", False)
+    if not recomputes or not hasattr(base, "enable_input_require_grads") or getattr(base, "_require_grads_hooks", None):
+        return False
+    base.enable_input_require_grads()
+    return True
 
 
 def starve_gradients(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sideroad.errors import AdapterError, ConfigError
 from sideroad.peft.card import update_card
-from sideroad.peft.checkpointing import feed_gradients, recomputes, starve_gradients
+from sideroad.peft.checkpointing import feed_gradients, starve_gradients
 from sideroad.peft.config import LoraConfig
 from sideroad.peft.files import read_stored, refuse_options, value_of, warn_of_unsaved, write_adapter
 from sideroad.peft.kinds import PeftType
@@ -64,9 +64,7 @@ class PeftModel(Reported, nn.Module):
         self.base_model = LoraModel(model, peft_config, adapter_name, autocast_adapter_dtype, trainable)
         self.training = model.training
         self.peft_type = PeftType.LORA
-        self._feeds_gradients = False
-        if recomputes(model):
-            self._feed_gradients()
+        self._feeds_gradients = feed_gradients(model)
 
     def __getattr__(self, name: str) -> Any:
         """Look up what is not here on the LoraModel, and there on the base."""
@@ -184,16 +182,6 @@ class PeftModel(Reported, nn.Module):
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Give the base, bit for bit, inside a `with` block, whatever happens inside; merged weights are put aside."""
         return self.base_model.disabled()
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute activations in the backward pass, as the base does it; inputs then require gradients."""
-        self.base_model.activation_checkpointing_enable(*args, **kwargs)
-        self._feed_gradients()
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The same, under its older name."""
-        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
-        self._feed_gradients()
 
     def unload(self) -> nn.Module:
         """Remove all adapters and return the base exactly as it was."""
@@ -333,9 +321,6 @@ class PeftModel(Reported, nn.Module):
             "hotswap_adapter is not supported yet: it comes with serving. load_adapter onto an existing name "
             "overwrites its tensors in place where they have the same shapes."
         )
-
-    def _feed_gradients(self) -> None:
-        self._feeds_gradients = self._feeds_gradients or feed_gradients(self.get_base_model())
 
     def _without_hook(self, base: nn.Module) -> nn.Module:
         if self._feeds_gradients:
