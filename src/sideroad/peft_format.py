@@ -108,8 +108,8 @@ def read_config(
                 "kind": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "init": init,
                 "scaling": "alpha/sqrt(r)" if fields.get("use_rslora") else "alpha/r",
             },
-            "rank_pattern": our_patterns(rank_pattern, list(ranks)),
-            "alpha_pattern": our_patterns(alpha_pattern, list(ranks)),
+            "rank_pattern": our_patterns(rank_pattern, list(ranks), held.kinds),
+            "alpha_pattern": our_patterns(alpha_pattern, list(ranks), held.kinds),
             "bias": _BIASES[bias],
             "dtype": "float32" if stored_float32 else "base",
         })  # fmt: skip

@@ -193,10 +193,15 @@ def _place(key: str, saved: Collection[str]) -> _Place | str:
 
 
 def _saved_module(rest: str, saved: Collection[str]) -> str | None:
-    """The shortest leading path that ends in one of the names; what follows it names a tensor of that module."""
+    """The shortest leading path that ends in one of the names; what follows it names a tensor of that module.
+
+    PEFT looks at letters, not at dots: `norm` means `input_layernorm` too.
+    """
+    if ".lora_" in rest:
+        return None
     parts = rest.split(".")
     leading = (".".join(parts[:count]) for count in range(1, len(parts)))
-    return next((path for path in leading if any(path == n or path.endswith(f".{n}") for n in saved)), None)
+    return next((path for path in leading if any(path.endswith(name) for name in saved)), None)
 
 
 def _some(keys: Iterable[str]) -> str:

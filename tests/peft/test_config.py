@@ -18,17 +18,18 @@ from sideroad.peft import LoraConfig, PeftConfig, PeftType, TaskType, get_peft_c
 
 THEIRS = {one.name: one for one in dataclasses.fields(peft.LoraConfig)}
 VALUES: dict[str, Any] = {
-    "megatron_config": {"a": 1}, "megatron_core": "other", "trainable_token_indices": [1], "loftq_config": {"bits": 4},
+    "megatron_config": {"a": 1}, "megatron_core": "other", "loftq_config": {"bits": 4},
     "eva_config": peft.EvaConfig(), "corda_config": {"a": 1}, "lora_ga_config": {"a": 1}, "use_dora": True,
     "velora_config": {"a": 1}, "alora_invocation_tokens": [], "use_qalora": True, "qalora_group_size": 8,
     "monteclora_config": {"a": 1}, "layer_replication": [(0, 1)], "runtime_config": object(), "lora_bias": True,
     "target_parameters": ["w"], "use_bdlora": {"a": 1}, "arrow_config": {"a": 1}, "kasa_config": {"a": 1},
-    "ensure_weight_tying": True, "modules_to_save": ["lm_head"],
+    "ensure_weight_tying": True,
 }  # fmt: skip
 SUPPORTED = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "trainable_token_indices",
 }  # fmt: skip
 
 
@@ -78,6 +79,8 @@ def test_an_unknown_field_is_refused_with_the_nearest_one() -> None:
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0; expected a whole number from 1 on"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern\['\('\] is '\(', which is not a regular expression"),
         ({"alpha_pattern": {"q": "4"}}, r"alpha_pattern\['q'\] is '4'; expected a finite number"),
+        ({"trainable_token_indices": [1.5]}, r"trainable_token_indices is \[1.5\]; expected a list of token ids"),
+        ({"trainable_token_indices": {"e": [1, 1]}}, r"trainable_token_indices is .*; .*none twice"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'; expected True or False"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; expected a list of names"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights is 'pissa_niter_4' \(PiSSA.*not supported yet"),

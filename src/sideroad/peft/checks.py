@@ -19,7 +19,7 @@ def contradictions(said: Mapping[str, Any]) -> list[str]:
     Args:
         said: all fields by PEFT's names.
     """
-    return [*_words(said), *_numbers(said), *_targets(said), *_layers(said)]
+    return [*_words(said), *_numbers(said), *_targets(said), *_tokens(said), *_layers(said)]
 
 
 def _words(said: Mapping[str, Any]) -> Iterator[str]:
@@ -80,6 +80,19 @@ def _targets(said: Mapping[str, Any]) -> Iterator[str]:
         value = said[name]
         if value is not None and (isinstance(value, str) or not _strings(value)):
             yield f"{name} is {value!r}; expected a list of names or None"
+
+
+def _tokens(said: Mapping[str, Any]) -> Iterator[str]:
+    value = said["trainable_token_indices"]
+    lists = list(value.values()) if isinstance(value, Mapping) else [] if value is None else [value]
+    for ids in lists:
+        right = isinstance(ids, list | tuple) and all(_whole(one) and one >= 0 for one in ids)
+        if not right or len(set(ids)) != len(ids):
+            yield (
+                f"trainable_token_indices is {value!r}; expected a list of token ids, from 0 on and none twice, or a "
+                "mapping of embeddings to such lists"
+            )
+            return
 
 
 def _layers(said: Mapping[str, Any]) -> Iterator[str]:

@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from torch import Tensor, nn
-
-from sideroad.adapter import Adapter, BaseRecord, weight_findings
+from sideroad.adapter import Adapter, BaseRecord
 from sideroad.adapter_files import CONFIG, INDEX, MANIFEST, find_weights, refuse_elsewhere
 from sideroad.config import AdapterConfig
-from sideroad.errors import AdapterError, ConfigError, raise_findings
-from sideroad.files import read_json
+from sideroad.errors import AdapterError, ConfigError
+from sideroad.files import json_text, read_json
 from sideroad.peft.config import LoraConfig, written
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.stored import Stored
+from sideroad.peft.tensors import Parts
 from sideroad.peft_fields import init_of, sift
-from sideroad.peft_format import read_config
-from sideroad.peft_keys import ROOT, from_tensors, module_key
 from sideroad.peft_targets import our_targets
-from sideroad.tensor_files import read_sharded, read_tensors, same_bits
-
-COPY = ".base_layer.weight"
-"""End of a tensor's name that holds the base's own weight: PEFT adds it to the file when a head is adapted."""
 
 
-def value_of(tuner: LoraModel, name: str, weights: Mapping[str, Mapping[str, Tensor]] | None = None) -> Adapter:
+def value_of(tuner: LoraModel, name: str, parts: Parts | None = None) -> Adapter:
     """Return an adapter as the value that is saved: its tensors on the CPU, its targets as the user wrote them.
 
     Args:
-        weights: tensors to take instead of the live ones.
+        parts: tensors to take instead of the live ones.
     """
     config, live = tuner.peft_config[name], tuner.handle.adapter(name)
     fields = written(config)
-    said = our_targets(fields, list(live.paths))
+    said = our_targets(fields, list(live.paths), live.kinds)
     foreign, _ = sift(fields, source="LoraConfig")
     init_of(fields, foreign, "LoraConfig")
     if config.task_type is None:
@@ -48,7 +41,8 @@ def value_of(tuner: LoraModel, name: str, weights: Mapping[str, Mapping[str, Ten
     return replace(
         live,
         config=AdapterConfig.model_validate({**live.config.model_dump(), **said}),
-        weights=live.weights if weights is None else weights,
+        weights=live.weights if parts is None else parts.weights,
+        modules=live.modules if parts is None else parts.modules,
         base=base or BaseRecord(config.base_model_name_or_path),
         task_type=None if config.task_type is None else str(config.task_type),
         foreign=foreign,
@@ -76,57 +70,32 @@ def write_adapter(value: Adapter, directory: Path) -> None:
             os.replace(draft / name, directory / name)
 
 
-def read_stored(directory: Path, model: nn.Module, config: LoraConfig | None = None) -> Stored:
+def read_stored(directory: Path, config: LoraConfig | None = None) -> Stored:
     """Read an adapter that PEFT or we have written.
 
     Args:
-        model: the base; a copy of its own weight in the file is passed over if it is the same.
         config: to be used in place of adapter_config.json.
     Raises:
-        AdapterError: as in `Adapter.load`; or a copy of a base's weight that differs from this base's.
+        AdapterError: as in `Adapter.load`.
     """
     refuse_elsewhere(directory)
-    allowed = (COPY[1:],)
-    if config is None:
-        content = read_json(directory / CONFIG)
-        stored = Stored(
-            LoraConfig.from_file(content, str(directory / CONFIG)), Adapter.load(directory, allow_unknown=allowed)
-        )
-    else:
-        stored = Stored(config, _read_as(directory, config, allowed))
-    _compare_copies(directory, model)
-    return stored
+    if config is not None:
+        return Stored(config, _read_as(directory, config))
+    content = read_json(directory / CONFIG)
+    return Stored(LoraConfig.from_file(content, str(directory / CONFIG)), Adapter.load(directory))
 
 
-def _read_as(directory: Path, config: LoraConfig, allowed: tuple[str, ...]) -> Adapter:
-    """Read a directory's tensors under another configuration than its own."""
-    weights, findings = from_tensors(_tensors(directory), leave_out=allowed)
-    findings += weight_findings(weights, lambda p, leaf: module_key(p, leaf, adapted="A" in weights[p]))
-    ranks = {} if findings else {path: leaves["A"].shape[0] for path, leaves in weights.items() if "A" in leaves}
-    reading = read_config(written(config), ranks, source="the given config")
-    raise_findings(AdapterError, f"{directory} cannot be used with this config", [*reading.findings, *findings])
-    base = BaseRecord(reading.base_name) if reading.base_name else None
-    return Adapter(reading.config, weights, base, reading.task_type, reading.foreign)
-
-
-def _compare_copies(directory: Path, model: nn.Module) -> None:
-    modules = dict(model.named_modules())
-    findings = []
-    for key, copied in _tensors(directory).items():
-        path = key.removeprefix(ROOT).removesuffix(COPY)
-        if key.endswith(COPY) and path in modules:
-            own: Any = getattr(modules[path], "weight", None)
-            if own is None or not same_bits(own.detach().to("cpu", copied.dtype), copied):
-                findings.append(
-                    f"{key} is a copy of the weight of another base than this: its values differ. Load the base that "
-                    "the adapter was trained on; if its embeddings were resized, resize them first"
-                )
-    raise_findings(AdapterError, f"{directory} does not fit this model", findings)
-
-
-def _tensors(directory: Path) -> dict[str, Tensor]:
-    source = find_weights(directory)
-    return read_sharded(source) if source.name.endswith(".json") else read_tensors(source)
+def _read_as(directory: Path, config: LoraConfig) -> Adapter:
+    """Read a directory's tensors beside another configuration than its own."""
+    find_weights(directory)
+    with TemporaryDirectory(prefix="sideroad-") as spare:
+        for file in directory.glob("adapter_model*"):
+            shutil.copyfile(file, Path(spare) / file.name)
+        (Path(spare) / CONFIG).write_text(json_text(written(config)), encoding="utf-8")
+        try:
+            return Adapter.load(spare)
+        except AdapterError as error:
+            raise AdapterError(str(error).replace(spare, f"{directory} under the given config")) from error
 
 
 def refuse_options(ephemeral_gpu_offload: bool, key_mapping: Mapping[str, str] | None) -> None:

@@ -28,8 +28,7 @@ class LoraModel(nn.Module):
 
     Args:
         model: the base, changed in place; it must have no adapters yet.
-        peft_config: how the first adapter is made.
-        adapter_name: its name; it acts at once.
+        peft_config: how the first adapter is made; `adapter_name`: its name. It acts at once.
         autocast_adapter_dtype: keep it in fp32 on a 16-bit base, else in the base's type.
         trainable: whether it requires gradients; by default unless `inference_mode` is set.
     Raises:
@@ -134,12 +133,14 @@ class LoraModel(nn.Module):
         Merged adapters are unmerged first, with a warning.
 
         Raises:
-            AdapterError: an unknown name; nothing is changed.
+            AdapterError: an unknown name, or adapters that cannot act together; the choice is then unchanged.
         """
         names = self.known(adapter_name)
         if self.merged_adapters:
             warnings.warn("set_adapter() on a merged model: it is unmerged first.", stacklevel=2)
             self.handle.unmerge()
+        with self.handle.using(self.weighed(names)):
+            pass  # adapters that cannot act together are refused before anything is changed
         self._chosen = names
         self._switch()
         self.handle.set_trainable(() if inference_mode else names)
@@ -158,8 +159,7 @@ class LoraModel(nn.Module):
         """Remove an adapter. If it was the only chosen one, the first that is left acts; no `requires_grad` changes.
 
         Raises:
-            AdapterError: an unknown name.
-            MergeError: adapters are merged.
+            AdapterError: an unknown name. MergeError: adapters are merged.
         """
         self.known(adapter_name)
         self.handle.detach(adapter_name)
@@ -211,8 +211,7 @@ class LoraModel(nn.Module):
         """Multiply an adapter's own scale by a factor, in every layer; 1 is how it was made. It is not saved.
 
         Raises:
-            AdapterError: an unknown name, or a factor that is not finite.
-            MergeError: adapters are merged.
+            AdapterError: an unknown name, or a factor that is not finite. MergeError: adapters are merged.
         """
         self.known(adapter_name)
         if self.merged_adapters:

@@ -226,9 +226,9 @@ class PeftModel(Reported, nn.Module):
         names = self.base_model.known(list(self.peft_config) if selected_adapters is None else selected_adapters)
         warn_of_unsaved(self.base_model)
         for name in names if is_main_process else ():
-            weights = None if state_dict is None else gathered(self.base_model.handle, name, state_dict, ROOT)
+            parts = None if state_dict is None else gathered(self.base_model.handle, name, state_dict, ROOT)
             place = Path(save_directory) / ("" if name == "default" else name)
-            write_adapter(value_of(self.base_model, name, weights), place)
+            write_adapter(value_of(self.base_model, name, parts), place)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
@@ -259,7 +259,7 @@ class PeftModel(Reported, nn.Module):
         from sideroad.peft.tasks import class_of  # the classes of the tasks derive from this one
 
         refuse_options(ephemeral_gpu_offload, key_mapping)
-        stored = read_stored(Path(model_id, *([subfolder] if subfolder else [])), model, config)
+        stored = read_stored(Path(model_id, *([subfolder] if subfolder else [])), config)
         wrapped: Any = class_of(stored.config, cls)(
             model, stored, adapter_name, autocast_adapter_dtype, trainable=is_trainable
         )
@@ -290,7 +290,7 @@ class PeftModel(Reported, nn.Module):
             MergeError: an adapter of that name is merged.
         """
         refuse_options(ephemeral_gpu_offload, key_mapping)
-        stored = read_stored(Path(model_id, *([subfolder] if subfolder else [])), self.get_base_model())
+        stored = read_stored(Path(model_id, *([subfolder] if subfolder else [])))
         if adapter_name in self.peft_config:
             self.base_model.handle.load(adapter_name, stored.value)
         else:

@@ -43,7 +43,7 @@ def create_loraplus_optimizer(
         path, found, _ = name.partition(".lora.")
         if not parameter.requires_grad:
             continue
-        if found and isinstance(model.get_submodule(path), nn.Embedding):
+        if found and name[-2:] in (".A", ".B") and isinstance(model.get_submodule(path), nn.Embedding):
             embedded.append(parameter)
         elif parameter.ndim == 1:
             undecayed.append(parameter)

@@ -10,7 +10,15 @@ from torch import nn
 
 from sideroad.attaching import attached
 from sideroad.errors import AdapterError
+from sideroad.methods import parameters_of
+from sideroad.methods.lora import BiasDelta
+from sideroad.methods.replaced import Replaced
+from sideroad.methods.rows import RowsDelta
 from sideroad.peft.lora_model import tuner_of
+from sideroad.route import find_delta
+
+TOKENS = "TrainableTokensLayer"
+"""What PEFT calls trained rows of an embedding."""
 
 Flag = bool | Literal["irregular"]
 
@@ -65,14 +73,17 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         raise AdapterError(f"this {type(base).__name__} has no adapters, so there is no status.")
     active = list(handle.active) if tuner is None else tuner.active_adapters
     present: dict[str, dict[str, list[nn.Parameter]]] = {}
+    words: dict[str, str] = {}
     for name in handle.names:
-        for key, parameter in handle.parameters(name).items():
-            path = key.rpartition(".")[0]
-            present.setdefault(path, {}).setdefault(name, []).append(parameter)
+        for path in handle.paths(name):
+            delta = find_delta(base, path, name)
+            if not isinstance(delta, BiasDelta):
+                present.setdefault(path, {})[name] = list(parameters_of(delta).values())
+                words.setdefault(path, _word(delta, base.get_submodule(path)))
     return [
         TunerLayerStatus(
-            name=f"model.{path}" if tuner is not None else path,
-            module_type=f"lora.{type(module).__name__}",
+            name=f"{'' if tuner is None else 'model.'}{path}{'.token_adapter' if words[path] == TOKENS else ''}",
+            module_type=words[path],
             enabled=True if tuner is None else tuner.enabled,
             active_adapters=list(active),
             merged_adapters=[name for name in handle.merged_names if name in present[path]],
@@ -81,9 +92,15 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             devices={name: sorted({p.device.type for p in found}) for name, found in present[path].items()},
             quantization_backend=None,
         )
-        for path, module in base.named_modules()
+        for path, _ in base.named_modules()
         if path in present
     ]
+
+
+def _word(delta: nn.Module, layer: nn.Module) -> str:
+    if isinstance(delta, Replaced):
+        return "ModulesToSaveWrapper"
+    return TOKENS if isinstance(delta, RowsDelta) else f"lora.{type(layer).__name__}"
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:

@@ -13,11 +13,12 @@ from torch import nn
 from sideroad.adapter import Adapter
 from sideroad.config import AdapterConfig, AdapterDtype
 from sideroad.errors import ConfigError, TargetError, did_you_mean, raise_findings
+from sideroad.patterns import shortest_names
 from sideroad.peft.config import LoraConfig, plain
 from sideroad.peft.default_targets import default_names
 from sideroad.peft.kinds import HEADS, TaskType
-from sideroad.peft_targets import is_target, our_patterns, our_targets
-from sideroad.targets import Survey, shortest_names
+from sideroad.peft_targets import is_target, our_name, our_patterns, our_targets
+from sideroad.survey import Survey
 
 BIASES: Mapping[str, str] = {"none": "none", "lora_only": "adapted", "all": "all"}
 INITS: Mapping[Any, str] = {True: "kaiming", False: "random", "gaussian": "gaussian"}
@@ -40,8 +41,9 @@ def settle(config: LoraConfig, model: nn.Module) -> LoraConfig:
         changes["modules_to_save"] = [*dict.fromkeys([*(config.modules_to_save or ()), *heads])]
     if config.base_model_name_or_path is None:
         changes["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
-    settled = replace(config, **changes)
     survey = Survey(model)
+    changes["modules_to_save"] = _whole_names(changes.get("modules_to_save"), survey)
+    settled = replace(config, **changes)
     if settled.target_modules is None:
         settled.target_modules = _default(survey)
     elif _is_all_linear(settled.target_modules):
@@ -64,15 +66,13 @@ def adapter_config(config: LoraConfig, model: nn.Module, *, autocast: bool) -> A
     survey = Survey(model)
     fields = plain(vars(config))
     fields["exclude_modules"], fields["target_modules"] = _present(config, survey, fields)
-    paths = chosen_paths(config, survey, fields)
-    said = our_targets(fields, paths)
-    return _at(said, config, paths, survey, autocast)
+    paths = _with_outputs(chosen_paths(config, survey, fields), survey)
+    return _at(our_targets(fields, paths, _kinds(survey, paths)), config, paths, model, autocast)
 
 
 def adapter_config_at(config: LoraConfig, model: nn.Module, paths: list[str], *, autocast: bool) -> AdapterConfig:
     """Translate a configuration for modules that are known already, whatever its targets say."""
-    survey = Survey(model)
-    return _at(our_targets({"target_modules": paths}, paths), config, paths, survey, autocast)
+    return _at(our_targets({"target_modules": paths}, paths), config, paths, model, autocast)
 
 
 def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) -> list[str]:
@@ -106,17 +106,22 @@ def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) 
 
 
 def _at(
-    said: Mapping[str, Any], config: LoraConfig, paths: list[str], survey: Survey, autocast: bool
+    said: Mapping[str, Any], config: LoraConfig, paths: list[str], model: nn.Module, autocast: bool
 ) -> AdapterConfig:
+    survey = Survey(model)
+    kinds = _kinds(survey, paths)
     values = {
         **said,
         "method": {
             "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
             "scaling": "alpha/sqrt(r)" if config.use_rslora else "alpha/r",
-            "init": INITS.get(config.init_lora_weights, "kaiming"),
+            "init": INITS[config.init_lora_weights],
         },
-        "rank_pattern": our_patterns(_used(config, "rank_pattern", paths), paths),
-        "alpha_pattern": our_patterns(_used(config, "alpha_pattern", paths), paths),
+        "rank_pattern": our_patterns(_used(config, "rank_pattern", paths), paths, kinds),
+        "alpha_pattern": our_patterns(_used(config, "alpha_pattern", paths), paths, kinds),
+        "modules_to_save": [our_name(name) for name in config.modules_to_save or ()],
+        "trainable_tokens": _tokens(config, model, survey),
+        "allow_unmatched": config.allow_unmatched,
         "bias": BIASES[config.bias],
         "dtype": _dtype((survey.modules[path] for path in paths if path in survey.modules), autocast),
     }  # fmt: skip
@@ -146,6 +151,34 @@ def _present(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) -> t
         ]
     raise_findings(TargetError, f"names that match nothing in {survey.model_name}", findings)
     return kept[0], kept[1]
+
+
+def _with_outputs(paths: list[str], survey: Survey) -> list[str]:
+    """Add the output projection of every attention: PEFT adapts both under the attention's name."""
+    outputs = {f"{path}.out_proj" for path in paths if isinstance(survey.modules[path], nn.MultiheadAttention)}
+    return [path for path in survey.adaptable if path in {*paths, *outputs}]
+
+
+def _kinds(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
+    return {path: kind.name for path in paths if (kind := survey.kinds.get(path)) and kind.name}
+
+
+def _tokens(config: LoraConfig, model: nn.Module, survey: Survey) -> dict[str, list[int]]:
+    """Return pattern → token ids; a plain list is for the model's input embedding."""
+    said = config.trainable_token_indices
+    if not said:
+        return {}
+    if isinstance(said, Mapping):
+        return {our_name(name): list(ids) for name, ids in said.items()}
+    ask = getattr(model, "get_input_embeddings", None)
+    embedding = ask() if callable(ask) else None
+    path = next((path for path, module in survey.modules.items() if module is embedding), None)
+    if embedding is None or path is None:
+        raise TargetError(
+            f"trainable_token_indices is a list, but {survey.model_name} does not say its input embedding; name it: "
+            "{name: [ids]}."
+        )
+    return {our_name(path): list(said)}
 
 
 def _used(config: LoraConfig, name: str, paths: list[str]) -> dict[str, Any]:
@@ -182,14 +215,20 @@ def _all_linear(config: LoraConfig, model: nn.Module, survey: Survey) -> list[st
     if head is None and config.task_type == TaskType.SEQ_CLS:
         heads = (getattr(model, name, None) for name in ("score", "classifier"))
         head = next((one for one in heads if one is not None), None)
-    linear = [path for path, layer in survey.adaptable.items() if layer is not head and _is_linear(layer)]
+    linear = [path for path, layer in survey.linear.items() if layer is not head]
     if not linear:
         raise TargetError(f"{survey.model_name} has no linear layer that could be adapted.")
     return linear
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    return any(kind.__name__ in ("Linear", "Conv1D") for kind in type(layer).__mro__)
+def _whole_names(names: list[str] | None, survey: Survey) -> list[str] | None:
+    """Return names of whole parts of paths for what PEFT means by these: `norm` is any name that ends so, to PEFT."""
+    found: dict[str, None] = {}
+    for name in names or ():
+        hits = [path for path in survey.modules if path.endswith(name)]
+        length = name.count(".") + 1
+        found |= dict.fromkeys(".".join(path.split(".")[-length:]) for path in hits) if hits else {name: None}
+    return list(found) if names is not None else None
 
 
 def _heads(config: LoraConfig, model: nn.Module) -> list[str]:

@@ -11,12 +11,21 @@ from torch import Tensor, nn
 from sideroad.attaching import attached
 from sideroad.errors import AdapterError, ConfigError, raise_findings
 from sideroad.handle import Attached
+from sideroad.methods import parts_of
+from sideroad.methods.replaced import Replaced
 from sideroad.peft.lora_model import tuner_of
 from sideroad.peft_keys import ROOT, from_tensors, to_tensors
-from sideroad.route import CHILD, deltas_of, escape
+from sideroad.route import CHILD, deltas_of, escape, find_delta
 
-Weights = dict[str, dict[str, Tensor]]
-"""Module path → leaf (`A`, `B`, `bias`) → tensor."""
+State = dict[str, dict[str, Tensor]]
+"""Module path → leaf (`A`, `B`, `bias`, `rows`, or the names of a module trained whole) → tensor."""
+
+
+class Parts(NamedTuple):
+    """An adapter's tensors: of layers, and of modules trained whole."""
+
+    weights: State
+    modules: State
 
 
 class LoadResult(NamedTuple):
@@ -45,10 +54,11 @@ def get_peft_model_state_dict(
     """
     refuse_embeddings(save_embedding_layers)
     prefix, handle = _handle_of(model)
-    weights = weights_of(handle, adapter_name)
+    parts = live_parts(handle, adapter_name)
     if state_dict is not None:
-        weights = gathered(handle, adapter_name, state_dict, prefix)
-    named = to_tensors(weights)
+        parts = gathered(handle, adapter_name, state_dict, prefix)
+    kinds = {path: kind.name for path in parts.weights if (kind := handle.survey().kinds.get(path)) and kind.name}
+    named = to_tensors(parts.weights, parts.modules, kinds)
     return named if prefix else {key.removeprefix(ROOT): tensor for key, tensor in named.items()}
 
 
@@ -71,9 +81,10 @@ def set_peft_model_state_dict(
         raise ConfigError("ignore_mismatched_sizes is not supported: leave out the tensors that do not fit yourself.")
     _, handle = _handle_of(model)
     named = {key if key.startswith(ROOT) else ROOT + key: tensor for key, tensor in peft_model_state_dict.items()}
-    weights, findings = from_tensors(named)
-    raise_findings(AdapterError, "the state dict cannot be loaded", findings)
-    handle.load(adapter_name, replace(handle.adapter(adapter_name), weights=weights))
+    value = handle.adapter(adapter_name)
+    found = from_tensors(named, list(value.modules))
+    raise_findings(AdapterError, "the state dict cannot be loaded", found.findings)
+    handle.load(adapter_name, replace(value, weights=found.weights, modules=found.modules))
     return LoadResult([], [])
 
 
@@ -102,32 +113,33 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     return LoadResult(missing, strange)
 
 
-def weights_of(handle: Attached, name: str) -> Weights:
-    """Return an adapter's live tensors, detached, by module path and leaf."""
-    weights: Weights = {}
-    for key, parameter in handle.parameters(name).items():
-        path, _, leaf = key.rpartition(".")
-        weights.setdefault(path, {})[leaf] = parameter.detach()
-    return weights
+def live_parts(handle: Attached, name: str) -> Parts:
+    """Return an adapter's live tensors, detached."""
+    found = Parts({}, {})
+    for path in handle.paths(name):
+        delta = find_delta(handle.model, path, name)
+        (found.modules if isinstance(delta, Replaced) else found.weights)[path] = parts_of(delta)
+    return found
 
 
-def gathered(handle: Attached, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> Weights:
+def gathered(handle: Attached, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> Parts:
     """Return an adapter's tensors out of a whole model's state dict, in whose names every path starts with `prefix`.
 
     Raises:
         AdapterError: some are not there.
     """
-    weights: Weights = {}
     missing = []
-    for path, leaves in weights_of(handle, name).items():
-        for leaf in leaves:
-            key = f"{prefix}{path}.{CHILD}.{escape(name)}.{leaf}"
-            if key in state_dict:
-                weights.setdefault(path, {})[leaf] = state_dict[key].detach()
-            else:
-                missing.append(f"{key} is missing in the state dict")
+    live, found = live_parts(handle, name), Parts({}, {})
+    for here, there, inner in ((live.weights, found.weights, ""), (live.modules, found.modules, "copy.")):
+        for path, leaves in here.items():
+            for leaf in leaves:
+                key = f"{prefix}{path}.{CHILD}.{escape(name)}.{inner}{leaf}"
+                if key in state_dict:
+                    there.setdefault(path, {})[leaf] = state_dict[key].detach()
+                else:
+                    missing.append(f"{key} is missing in the state dict")
     raise_findings(AdapterError, f'adapter "{name}" is not whole in this state dict', missing)
-    return weights
+    return found
 
 
 def refuse_embeddings(save_embedding_layers: str | bool) -> None:
