@@ -110,12 +110,12 @@ def unsupported(fields: Mapping[str, Any]) -> list[str]:
         fields: a whole configuration, in PEFT's words; what is missing has its default.
     """
     findings = [
-        f"{name} is set ({_shown(value)}): {what}. That is not supported yet; leave it out"
+        f"{name} is set ({shown(value)}): {what}. That is not supported yet; leave it out"
         for name, what in {**REFUSED, "ensure_weight_tying": "one adapter for a tied embedding and head"}.items()
         if (value := fields.get(name)) or (name == "alora_invocation_tokens" and value is not None)
     ]
     findings += [
-        f"{name} is set ({_shown(fields[name])}): {what}, which is not supported yet; leave it out"
+        f"{name} is set ({shown(fields[name])}): {what}, which is not supported yet; leave it out"
         for name, what in ONLY_NEW.items()
         if fields.get(name, HARMLESS[name]) not in (None, HARMLESS[name])
     ]
@@ -125,7 +125,7 @@ def unsupported(fields: Mapping[str, Any]) -> list[str]:
     known = next((what for name, what in INITS_UNKNOWN.items() if str(init).lower().startswith(name)), None)
     hint = "" if known else did_you_mean(str(init), ("gaussian", *INITS_UNKNOWN))
     what = f" ({known}), which is not supported yet" if known else ", which is not known"
-    return [*findings, f'init_lora_weights is {_shown(init)}{what}; allowed: True, False, "gaussian".{hint}']
+    return [*findings, f'init_lora_weights is {shown(init)}{what}; allowed: True, False, "gaussian".{hint}']
 
 
 def init_of(fields: Mapping[str, Any], kept: dict[str, Any], source: str) -> tuple[str, list[str]]:
