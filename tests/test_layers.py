@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "sideroad"
-LEVEL = {"door": 4, "cli": 3, "peft": 3, "train": 2, "compose": 2, "plan": 2, "analyze": 2, "data": 2, "base": 1, "kernels": 1}
+LEVEL = {
+    "door": 4, "cli": 3, "peft": 3, "train": 2, "compose": 2, "plan": 2, "analyze": 2, "data": 2,
+    "base": 1, "kernels": 1,
+}  # fmt: skip
 SIDEWAYS = {("train", "data"), ("compose", "data"), ("compose", "train")}
 CORE = 0
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy", "pydantic")
