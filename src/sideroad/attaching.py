@@ -8,16 +8,17 @@ from torch import nn
 
 from sideroad.adapter import Adapter
 from sideroad.config import AdapterConfig
-from sideroad.errors import AdapterError, MergeError
+from sideroad.errors import AdapterError, MergeError, TargetError, raise_findings
 from sideroad.fitting import fit
 from sideroad.handle import Attached
 from sideroad.hold import HANDLE
 from sideroad.init import draw_seed, start_tensors
-from sideroad.joining import Placed, find_row_ties, start_rows, state_without_adapters
+from sideroad.joining import Placed, start_rows, state_without_adapters
 from sideroad.methods import ROWS
 from sideroad.peft_keys import BASE
 from sideroad.survey import Survey
 from sideroad.targets import resolve
+from sideroad.tying import find_followers, tying_findings
 
 __all__ = ["Attached", "attach", "attached"]
 
@@ -107,6 +108,7 @@ def _start(survey: Survey, config: AdapterConfig, seed: int | None) -> Placed:
     """Resolve a configuration and draw the tensors of a new adapter, in model order."""
     targets = resolve(survey, config)
     biased, rows, whole = set(survey.biases(config, targets)), survey.rows(config, []), survey.whole(config, [])
+    raise_findings(TargetError, "tying", tying_findings(survey, config, [*targets, *rows, *whole]))
     chosen = draw_seed() if seed is None else seed
     tensors = {
         path: start_tensors(targets.get(path), config.method.init, chosen, module, bias=path in biased)
@@ -117,5 +119,5 @@ def _start(survey: Survey, config: AdapterConfig, seed: int | None) -> Placed:
     return Placed(
         {path: tensors[path] for path in survey.modules if path in tensors},
         {path: state_without_adapters(survey.modules[path]) for path in whole},
-        find_row_ties(survey, rows),
+        find_followers(survey, config, tensors, whole),
     )

@@ -74,6 +74,9 @@ class AdapterConfig(Settings):
     """Patterns of modules of which a copy is trained whole, such as a new classifier."""
     trainable_tokens: Mapping[str, tuple[Annotated[int, Field(ge=0)], ...]] = {}
     """Pattern of an embedding (or an output head that is not tied to one) → token ids whose rows are trained."""
+    tie_embeddings: bool = False
+    """Let an output head that is tied to a trained embedding follow its pair or whole copy (PEFT's
+    `ensure_weight_tying`; token rows always do). Otherwise the two part: only the one that is named is trained."""
     allow_unmatched: bool = False
     """Pass over patterns that match nothing instead of refusing them."""
     bias: Bias = "none"

@@ -12,7 +12,7 @@ from sideroad.adapter import Adapter
 from sideroad.config import AdapterConfig
 from sideroad.copies import settle_copies
 from sideroad.errors import AdapterError, did_you_mean, raise_findings
-from sideroad.joining import Placed, find_row_ties, state_without_adapters
+from sideroad.joining import Placed, state_without_adapters
 from sideroad.kinds import ALLOWED
 from sideroad.kinds.convolution import CLASSES
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
@@ -21,6 +21,7 @@ from sideroad.pairs import pair_shapes
 from sideroad.peft_keys import PEFT_CONVOLUTION
 from sideroad.route import deltas_of
 from sideroad.survey import Survey
+from sideroad.tying import find_followers, without_followers
 from sideroad.weights import has_trainable_bias
 
 Layout = Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -41,6 +42,7 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
             the adapter says it was made for.
     """
     value, strays = settle_copies(survey, _parted(survey, value))
+    value = without_followers(survey, value)
     problems: dict[tuple[str, str], list[str]] = {}
     for path, problem in strays:
         problems.setdefault((path.rpartition(".")[2], problem), []).append(path)
@@ -75,7 +77,7 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
     placed, modules = (
         dict(sorted(found.items(), key=lambda item: order[item[0]])) for found in (placed, modules)
     )
-    return Placed(placed, modules, find_row_ties(survey, [path for path in placed if ROWS in placed[path]]))
+    return Placed(placed, modules, find_followers(survey, value.config, placed, modules))
 
 
 def _parted(survey: Survey, value: Adapter) -> Adapter:
@@ -98,7 +100,7 @@ def compare_layouts(survey: Survey, value: Adapter, name: str, present: Layout) 
     Raises:
         AdapterError: every tensor that is missing, unknown or of another shape; what `fit` says.
     """
-    settled, _ = settle_copies(survey, _parted(survey, value))
+    settled = without_followers(survey, settle_copies(survey, _parted(survey, value))[0])
     given = layout_of({survey.canonical.get(at, at): one for at, one in {**settled.weights, **settled.modules}.items()})
     findings = []
     for path in dict.fromkeys([*present, *given]):

@@ -23,6 +23,7 @@ from sideroad.route import Names, Route, by_key, escape, find_delta, unescape
 from sideroad.rows import Plan
 from sideroad.survey import Survey
 from sideroad.targets import named_exactly
+from sideroad.tying import held_state
 
 
 class Attached:
@@ -94,12 +95,9 @@ class Attached:
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as a value: CPU copies of its tensors, its targets as the shortest list of names."""
         entry = self._roster.find(name)
-        config = named_exactly(self.survey(), entry.description.config, entry.targets)
-        weights, modules = (
-            {path: {part: one.to("cpu", copy=True) for part, one in parts.items()} for path, parts in live.items()}
-            for live in (state_of(self.model, paths, name) for paths in (entry.layers, entry.modules))
-        )
-        return replace(entry.description, config=config, weights=weights, modules=modules)
+        held = held_state(self.model, entry, name)
+        config = named_exactly(self.survey(), entry.description.config, held.targets)
+        return replace(entry.description, config=config, weights=held.tensors, modules=held.modules)
 
     def load(self, name: str, value: Adapter) -> None:
         """Overwrite an attached adapter's tensors and settings in place; `requires_grad` stays as it is.

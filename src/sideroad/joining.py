@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.methods import ROWS, make_delta, parts_of
+from sideroad.methods.lora import LoraDelta
 from sideroad.methods.replaced import Replaced
 from sideroad.methods.rows import RowsDelta, TiedRows
+from sideroad.methods.tied import TiedPair
 from sideroad.route import CHILD, Route, deltas_of, find_delta
 from sideroad.seams import close_path, open_path, strip
 from sideroad.survey import Survey
@@ -84,10 +86,23 @@ def make_deltas(model: nn.Module, config: AdapterConfig, placed: Placed) -> dict
     for path, state in placed.modules.items():
         made[path] = Replaced(copy_of(model.get_submodule(path), state))
     for path, source in placed.ties.items():
-        rows = made[source]
-        assert isinstance(rows, RowsDelta), "ties lead to rows"
-        made[path] = TiedRows(rows)
+        made[path] = _follower(made[source], model.get_submodule(path))
     return made
+
+
+def _follower(leader: nn.Module, layer: nn.Module) -> nn.Module:
+    """Return what acts on a layer that is tied to the leader's."""
+    if isinstance(leader, RowsDelta):
+        return TiedRows(leader)
+    assert isinstance(leader, LoraDelta | Replaced), "only rows, pairs and whole modules are followed"
+    leader.shared = True
+    if isinstance(leader, LoraDelta):
+        return TiedPair(leader)
+    twin = copy_of(layer, state_without_adapters(layer))
+    twin.weight = leader.copy.get_parameter("weight")
+    follower = Replaced(twin)
+    follower.shared = True
+    return follower
 
 
 def copy_of(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

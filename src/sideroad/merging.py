@@ -62,7 +62,7 @@ def merge_into(model: nn.Module, parts: Parts, *, keep_base: bool) -> tuple[Kept
     empty = [path for path, layer in layers.items() if any(tensor_of(layer, name).is_meta for name in names[path])]
     if empty:
         raise MergeError(f"{empty[0]} is on the meta device: there is no weight to merge into; load the model first.")
-    shared = _row_sharers(layers, parts)
+    shared = {path for path in layers if all(getattr(delta, "shared", False) for delta, _ in parts[path])}
     written = [place(path, name) for path, found in names.items() if path not in shared for name in found]
     ties = find_ties(model, written, [place(path, "weight") for path in shared])
     layers = _without_followers(layers, shared)
@@ -161,14 +161,8 @@ def place(path: str, name: str) -> tuple[str, str]:
     return owner, leaf
 
 
-def _row_sharers(layers: Mapping[str, nn.Module], parts: Parts) -> set[str]:
-    """Paths whose every change is one of rows: they may share their weight with others that get the same rows."""
-    kinds = RowsDelta | TiedRows
-    return {path for path in layers if all(isinstance(delta, kinds) for delta, _ in parts[path])}
-
-
 def _without_followers(layers: Mapping[str, nn.Module], shared: set[str]) -> dict[str, nn.Module]:
-    """Leave out layers of `shared` whose very weight an earlier one of them holds: the same rows are written once."""
+    """Leave out layers of `shared` whose very weight an earlier one of them holds: the same change is written once."""
     written: set[int] = set()
     kept = {}
     for path, layer in layers.items():

@@ -104,6 +104,7 @@ def read_config(
             **our_targets(fields, list(ranks), held.kinds, exact=any(bare_suffix(fields, path) for path in ranks)),
             "modules_to_save": our_modules(fields, held),
             "trainable_tokens": tokens,
+            "tie_embeddings": bool(fields.get("ensure_weight_tying")),
             "method": {
                 "kind": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "init": init,
                 "scaling": "alpha/sqrt(r)" if fields.get("use_rslora") else "alpha/r",
@@ -147,6 +148,7 @@ def write_config(
         "r": rank,
         "lora_alpha": plain_number(method.alpha),
         "lora_dropout": method.dropout,
+        "ensure_weight_tying": config.tie_embeddings,
         "use_rslora": method.scaling == "alpha/sqrt(r)",
         "bias": next(theirs for theirs, ours in _BIASES.items() if ours == config.bias),
         "rank_pattern": their_patterns(config.rank_pattern, ranks, rank),

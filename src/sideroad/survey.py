@@ -65,6 +65,8 @@ class Survey:
                 chosen |= self._matched(pattern, findings, config.allow_unmatched)
         chosen -= self.excluded(config, findings)
         chosen -= self._inside_whole(config, chosen, findings)
+        if config.tie_embeddings:
+            chosen = {self.leader(path) for path in chosen}
         blocks = self._blocks(config, findings)
         if blocks is not None:
             chosen &= blocks
@@ -84,7 +86,8 @@ class Survey:
             parts = [part for path in hits if path not in empty for part in self.parts(path)]
             uncalled = [(part, why) for part in parts if (why := self.uncalled(part))]
             findings += [f'modules_to_save "{pattern}" means {path}, which {why}.' for path, why in uncalled[:1]]
-            chosen += [self.canonical[path] for path in hits]
+            own = [self.canonical[path] for path in hits]
+            chosen += [self.leader(path) for path in own] if config.tie_embeddings else own
         wanted = set(chosen)
         outermost = [path for path in self.modules if path in wanted and not _inside(path, wanted)]
         return list(dict.fromkeys(self.canonical[part] for path in outermost for part in self.parts(path)))
@@ -163,6 +166,23 @@ class Survey:
             for path, module in self.modules.items()
             if path in wanted and self.canonical[path] == path and has_trainable_bias(module)
         )
+
+    def sharers(self, path: str) -> list[str]:
+        """Return the other layers that hold the very weight of the layer at a path, in model order."""
+        weight = self.modules[path]._parameters.get("weight")
+        return [
+            other
+            for other, module in self.modules.items()
+            if other != self.canonical[path]
+            and self.canonical[other] == other
+            and weight is not None
+            and module._parameters.get("weight") is weight
+        ]
+
+    def leader(self, path: str) -> str:
+        """Return the embedding whose weight the layer at a path holds; the path itself where there is none."""
+        here = [path, *self.sharers(path)]
+        return next((one for one in self.modules if one in here and isinstance(self.modules[one], nn.Embedding)), path)
 
     def leaves(self) -> list[str]:
         """Return the distinct last names of adaptable layers, in model order."""

@@ -54,6 +54,8 @@ class LoraDelta(nn.Module):
         self.kind: Kind = kind or Linear()
         self.where = where
         self.out_features = out_features
+        self.shared = False
+        """Whether layers tied to this one follow it; a merge then writes the weight once and keeps the tie."""
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module, weight: float) -> Tensor:
         """Return y plus `weight` times this delta.

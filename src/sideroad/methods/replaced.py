@@ -15,6 +15,8 @@ class Replaced(nn.Module):
     def __init__(self, copy: nn.Module) -> None:
         super().__init__()
         self.copy = copy
+        self.shared = False
+        """Whether layers tied to this module follow it."""
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module, weight: float) -> Tensor:
         """Return y, which is the copy's own output already: it was called in the module's place (`seams.Seam`)."""

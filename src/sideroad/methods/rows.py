@@ -24,6 +24,8 @@ class RowsDelta(nn.Module):
 
     ids: Tensor
     order: Tensor
+    shared = True
+    """The change is that of everything that holds the weight: a merge writes it once and keeps the tie."""
 
     def __init__(self, rows: Tensor, ids: Sequence[int]) -> None:
         super().__init__()
@@ -86,6 +88,9 @@ class TiedRows(nn.Module):
     Args:
         source: the delta that owns the rows; referred to, not registered, so that its parameter has one name.
     """
+
+    shared = True
+    """As in `RowsDelta`."""
 
     def __init__(self, source: RowsDelta) -> None:
         super().__init__()
