@@ -73,6 +73,12 @@ def test_29_a_16_bit_base_gets_fp32_adapters_unless_told_otherwise(dtype: torch.
     assert relative(logits(ours), logits(theirs)) <= 4 * torch.finfo(dtype).eps
 
 
+def test_29_a_64_bit_base_gets_64_bit_adapters() -> None:
+    ours, theirs = both(lambda: tiny_llama().double())
+    assert {p.dtype for n, p in ours.named_parameters() if ".lora." in n} == {torch.float64}
+    assert relative(logits(ours), logits(theirs)) <= 1e-6
+
+
 def test_1_names_and_attributes_fall_through() -> None:
     model = wrapped()
     assert type(model) is PeftModelForCausalLM

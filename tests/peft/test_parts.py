@@ -128,7 +128,9 @@ def test_40_and_41_the_same_as_peft_in_memory_and_in_files(case: str, tmp_path: 
     assert relative(says(ours.merge_and_unload()), plain) <= 1e-5
 
 
-@pytest.mark.parametrize("case", ["head whole", "rows by list", "embedding and convolution", "classification"])
+@pytest.mark.parametrize(
+    "case", ["head whole", "rows by list", "embedding and convolution", "attention", "classification"]
+)
 def test_22_and_16_these_come_off_and_go_through_state_dicts_as_well(case: str, tmp_path: Path) -> None:
     make, fields = CASES[case]
     ours, theirs = pair(case)

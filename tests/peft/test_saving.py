@@ -309,6 +309,7 @@ def test_a_trainable_one_keeps_the_mode_and_learns(tmp_path: Path) -> None:
     assert model.training
     assert all(one.requires_grad for name, one in model.named_parameters() if ".lora." in name)
     assert model.peft_config["default"].inference_mode is False
+    assert not PeftModel.from_pretrained(tiny_llama().train(), tmp_path).training
     assert type(PeftModelForCausalLM.from_pretrained(tiny_llama(), tmp_path)) is PeftModelForCausalLM
 
 

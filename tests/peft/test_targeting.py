@@ -36,6 +36,15 @@ class Siblings(nn.Module):
         return y
 
 
+class Stacks(nn.Module):
+    """Two stacks of blocks, one of them at the root, where PEFT's rule for block numbers does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(8, 8)}) for _ in range(2))
+        self.inner = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(8, 8)}) for _ in range(2))})
+
+
 def ours(make: Callable[[], nn.Module], **fields: Any) -> dict[str, int]:
     model = inject_adapter_in_model(LoraConfig(**{"r": 4, **fields}), make())
     return {n.removesuffix(".lora.default.A"): p.shape[0] for n, p in model.named_parameters() if n.endswith(".A")}
@@ -71,6 +80,8 @@ def theirs(make: Callable[[], nn.Module], **fields: Any) -> dict[str, int]:
         (tiny_gpt2, {"target_modules": "all-linear"}),
         (tiny_gpt2, {}),
         (Siblings, {"target_modules": ["lin"]}),
+        (Stacks, {"target_modules": ["lin"], "layers_to_transform": [1]}),
+        (Stacks, {"target_modules": ["lin"], "layers_to_transform": [1], "layers_pattern": "layers"}),
         (Siblings, {"target_modules": "lin"}),
         (Siblings, {"target_modules": "lin."}),
         (Siblings, {"target_modules": "all-linear"}),
@@ -147,6 +158,8 @@ def test_nothing_left_is_an_error_even_where_unmatched_names_are_allowed() -> No
         ours(tiny_llama, target_modules=["nope"], allow_unmatched=True)
     with pytest.raises(TargetError, match="mean no module"):
         ours(tiny_llama, target_modules=["q_proj"], exclude_modules=["q_proj"])
+    with pytest.raises(TargetError, match="mean no module"):
+        ours(tiny_llama, target_modules=["lm_head"], modules_to_save=["lm_head"])
 
 
 def test_d13_a_string_is_one_expression_and_never_split_into_characters() -> None:
