@@ -18,7 +18,7 @@ from sideroad.attaching import attach
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.tensor_files import read_tensors
-from sideroad.vocabulary import grow, with_grown_rows
+from sideroad.vocabulary import grow, settle_untrained, with_grown_rows
 
 OLD, NEW = 259, 263
 IDS = torch.tensor([[1, 260, 5, 262, 261, 259]])
@@ -111,4 +111,17 @@ def test_a_layer_saved_whole_needs_no_rows() -> None:
     value = with_grown_rows(handle.survey(), model, handle.adapter("default"), OLD)
     assert set(value.modules) == {"model.embed_tokens", "lm_head"}
     assert value.config.trainable_tokens == {}
-    assert value.manifest["vocabulary"] == {"from": OLD, "to": NEW}
+    assert value.manifest["vocabulary"] == {"from": OLD, "to": NEW, "trained": {}}
+
+
+@pytest.mark.parametrize("ids", [(), (261, 3)], ids=["untrained", "trained"])
+def test_training_on_does_not_train_rows_that_were_not(ids: tuple[int, ...]) -> None:
+    base = tiny_llama()
+    model, value = trained(base, **({"embed_tokens": ids} if ids else {}))
+    again = copy.deepcopy(base)
+    grow(again, value)
+    handle = attach(again, settle_untrained(again, value), trainable=True)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-6)
+    rows = {name: len(one) for name, one in handle.parameters("default").items() if name.endswith("rows")}
+    assert rows == ({"model.embed_tokens.rows": 2} if ids else {})
+    assert settle_untrained(again, handle.adapter("default")).same_weights(handle.adapter("default"))

@@ -111,7 +111,7 @@ def unsupported(fields: Mapping[str, Any]) -> list[str]:
     """
     findings = [
         f"{name} is set ({shown(value)}): {what}. That is not supported yet; leave it out"
-        for name, what in {**REFUSED, "ensure_weight_tying": "one adapter for a tied embedding and head"}.items()
+        for name, what in REFUSED.items()
         if (value := fields.get(name)) or (name == "alora_invocation_tokens" and value is not None)
     ]
     findings += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,8 @@ from sideroad.patterns import matches, shortest_names
 from sideroad.survey import Survey
 
 RECIPE = "vocabulary"
-"""Key of an adapter's manifest: `{"from": rows of the base, "to": rows that the adapter needs}`."""
+"""Key of an adapter's manifest: `{"from": rows of the base, "to": rows needed, "trained": {path: how many}}`. Of the
+rows that a file holds for a path, so many come first that were trained; the others are the resized base's own."""
 
 
 def with_grown_rows(survey: Survey, model: nn.Module, value: Adapter, base_rows: int) -> Adapter:
@@ -33,7 +35,7 @@ def with_grown_rows(survey: Survey, model: nn.Module, value: Adapter, base_rows:
         AdapterError: an embedding or head that has grown carries a low-rank pair, which rows cannot stand beside.
     """
     weights, tokens = dict(value.weights), dict(value.config.trainable_tokens)
-    to = base_rows
+    to, trained_rows = base_rows, dict[str, int]()
     for path, layer in vocabulary_layers(survey, model).items():
         weight = layer.get_parameter("weight").detach()
         to = max(to, weight.shape[0])
@@ -49,6 +51,7 @@ def with_grown_rows(survey: Survey, model: nn.Module, value: Adapter, base_rows:
         new = tuple(one for one in range(base_rows, weight.shape[0]) if one not in trained)
         rows = weight[torch.tensor(new, dtype=torch.long, device=weight.device)].to("cpu", copy=True)
         held = weights.get(path, {}).get(ROWS)
+        trained_rows[path] = len(trained)
         weights[path] = {ROWS: rows if held is None else torch.cat([held, rows.to(held.dtype)])}
         tokens = {_exact(survey, path): (*trained, *new)} | {
             pattern: ids for pattern, ids in tokens.items() if not (trained and matches(pattern, path))
@@ -59,7 +62,7 @@ def with_grown_rows(survey: Survey, model: nn.Module, value: Adapter, base_rows:
         value,
         weights={path: weights[path] for path in survey.modules if path in weights},
         config=value.config.model_copy(update={"trainable_tokens": tokens}),
-        manifest={**value.manifest, RECIPE: {"from": base_rows, "to": to}},
+        manifest={**value.manifest, RECIPE: {"from": base_rows, "to": to, "trained": trained_rows}},
     )
 
 
@@ -94,6 +97,35 @@ def grow(model: nn.Module, value: Adapter) -> bool:
         for layer in vocabulary_layers(Survey(model), model).values():
             layer.get_parameter("weight")[start:] = 0
     return True
+
+
+def settle_untrained(model: nn.Module, value: Adapter) -> Adapter:
+    """Write the new rows that were not trained into the resized base, and return the adapter with the trained ones.
+
+    For training on: what was not a parameter of the adapter does not become one. An adapter that only acts needs no
+    such thing: `attach` lets all its rows act, and the base stays as it is.
+    """
+    recipe = value.manifest.get(RECIPE)
+    counts = recipe.get("trained") if isinstance(recipe, Mapping) else None
+    if not isinstance(counts, Mapping):
+        return value
+    weights, tokens = dict(value.weights), dict(value.config.trainable_tokens)
+    for path, leaves in value.weights.items():
+        count = counts.get(path)
+        if ROWS not in leaves or type(count) is not int or count >= leaves[ROWS].shape[0]:
+            continue
+        ids = tokens_of(value.config, path)
+        own = model.get_submodule(path).get_parameter("weight")
+        with torch.no_grad():
+            own[torch.tensor(ids[count:], device=own.device)] = leaves[ROWS][count:].to(own)
+        tokens = {pattern: held for pattern, held in tokens.items() if not matches(pattern, path)}
+        rest = {leaf: tensor for leaf, tensor in leaves.items() if leaf != ROWS}
+        if count:
+            tokens[f"re:{re.escape(path)}"] = ids[:count]
+            rest[ROWS] = leaves[ROWS][:count]
+        weights[path] = rest
+    weights = {path: leaves for path, leaves in weights.items() if leaves}
+    return replace(value, weights=weights, config=value.config.model_copy(update={"trainable_tokens": tokens}))
 
 
 def vocabulary_layers(survey: Survey, model: nn.Module) -> dict[str, nn.Module]:

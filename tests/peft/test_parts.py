@@ -16,7 +16,7 @@ from tiny import IDS, tiny_llama
 from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
-from sideroad.errors import AdapterError, ConfigError, TargetError
+from sideroad.errors import AdapterError, TargetError
 from sideroad.peft import (
     LoraConfig,
     PeftModel,
@@ -233,8 +233,3 @@ def test_a_resized_vocabulary_that_peft_saved_comes_along(tmp_path: Path) -> Non
         theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     read = PeftModel.from_pretrained(larger(), tmp_path)
     assert relative(logits(read), logits(theirs.eval())) <= 1e-5
-
-
-def test_ensure_weight_tying_is_refused_for_a_new_adapter() -> None:
-    with pytest.raises(ConfigError, match="ensure_weight_tying is set"):
-        config(ensure_weight_tying=True)

@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import nn
+
 from sideroad.adapter import Adapter, BaseRecord
 from sideroad.adapter_files import CONFIG, INDEX, MANIFEST, find_weights, refuse_elsewhere
+from sideroad.base.vocabulary import published_rows
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError, ConfigError
 from sideroad.files import json_text, read_json
@@ -21,13 +24,15 @@ from sideroad.peft.stored import Stored
 from sideroad.peft.tensors import Parts
 from sideroad.peft_fields import init_of, sift
 from sideroad.peft_targets import our_targets
+from sideroad.vocabulary import grow, settle_untrained, with_grown_rows
 
 
-def value_of(tuner: LoraModel, name: str, parts: Parts | None = None) -> Adapter:
+def value_of(tuner: LoraModel, name: str, parts: Parts | None = None, *, new_rows: bool = True) -> Adapter:
     """Return an adapter as the value that is saved: its tensors on the CPU, its targets as the user wrote them.
 
     Args:
         parts: tensors to take instead of the live ones.
+        new_rows: add the rows that the vocabulary has beyond that of the base as it was published, where that is known.
     """
     config, live = tuner.peft_config[name], tuner.handle.adapter(name)
     fields = written(config)
@@ -38,7 +43,7 @@ def value_of(tuner: LoraModel, name: str, parts: Parts | None = None) -> Adapter
         kind = type(tuner.model)
         foreign["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     base = live.base if live.base and live.base.name == config.base_model_name_or_path else None
-    return replace(
+    value = replace(
         live,
         config=AdapterConfig.model_validate({**live.config.model_dump(), **said}),
         weights=live.weights if parts is None else parts.weights,
@@ -47,6 +52,10 @@ def value_of(tuner: LoraModel, name: str, parts: Parts | None = None) -> Adapter
         task_type=None if config.task_type is None else str(config.task_type),
         foreign=foreign,
     )
+    published = published_rows(tuner.model) if new_rows else None
+    if published is None:
+        return value
+    return with_grown_rows(tuner.handle.survey(), tuner.model, value, published)
 
 
 def write_adapter(value: Adapter, directory: Path) -> None:
@@ -83,6 +92,16 @@ def read_stored(directory: Path, config: LoraConfig | None = None) -> Stored:
         return Stored(config, _read_as(directory, config))
     content = read_json(directory / CONFIG)
     return Stored(LoraConfig.from_file(content, str(directory / CONFIG)), Adapter.load(directory))
+
+
+def make_room(model: nn.Module, stored: Stored, trains_on: bool) -> Stored:
+    """Resize a base as a stored adapter's recipe says (`sideroad.vocabulary`), if it has one.
+
+    Args:
+        trains_on: new rows that were not trained go into the resized base, so that they do not become parameters.
+    """
+    grow(model, stored.value)
+    return replace(stored, value=settle_untrained(model, stored.value)) if trains_on else stored
 
 
 def _read_as(directory: Path, config: LoraConfig) -> Adapter:

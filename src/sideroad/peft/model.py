@@ -15,7 +15,7 @@ from sideroad.errors import AdapterError, ConfigError
 from sideroad.peft.card import update_card
 from sideroad.peft.checkpointing import feed_gradients, starve_gradients
 from sideroad.peft.config import LoraConfig
-from sideroad.peft.files import read_stored, refuse_options, value_of, warn_of_unsaved, write_adapter
+from sideroad.peft.files import make_room, read_stored, refuse_options, value_of, warn_of_unsaved, write_adapter
 from sideroad.peft.kinds import PeftType
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.reported import Reported
@@ -208,7 +208,8 @@ class PeftModel(Reported, nn.Module):
         Args:
             safe_serialization: must be True; pickles are not written.
             selected_adapters: their names; by default all.
-            save_embedding_layers: must not be True.
+            save_embedding_layers: "auto" saves the new rows of a resized vocabulary, where the base's configuration is
+                on this disk and tells its size; False does not; True, whole embeddings, is refused.
             is_main_process: False writes nothing.
             path_initial_model_for_weight_conversion: must be None; no start here changes the base.
             state_dict: the whole model's state dict to take the tensors from, as the Trainer passes it.
@@ -228,7 +229,8 @@ class PeftModel(Reported, nn.Module):
         for name in names if is_main_process else ():
             parts = None if state_dict is None else gathered(self.base_model.handle, name, state_dict, ROOT)
             place = Path(save_directory) / ("" if name == "default" else name)
-            write_adapter(value_of(self.base_model, name, parts), place)
+            value = value_of(self.base_model, name, parts, new_rows=save_embedding_layers is not False)
+            write_adapter(value, place)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
@@ -260,6 +262,7 @@ class PeftModel(Reported, nn.Module):
 
         refuse_options(ephemeral_gpu_offload, key_mapping)
         stored = read_stored(Path(model_id, *([subfolder] if subfolder else [])), config)
+        stored = make_room(model, stored, is_trainable)
         wrapped: Any = class_of(stored.config, cls)(
             model, stored, adapter_name, autocast_adapter_dtype, trainable=is_trainable
         )
@@ -290,8 +293,10 @@ class PeftModel(Reported, nn.Module):
             MergeError: an adapter of that name is merged.
         """
         refuse_options(ephemeral_gpu_offload, key_mapping)
+        present = adapter_name in self.peft_config
         stored = read_stored(Path(model_id, *([subfolder] if subfolder else [])))
-        if adapter_name in self.peft_config:
+        stored = make_room(self.base_model.model, stored, is_trainable or present)
+        if present:
             self.base_model.handle.load(adapter_name, stored.value)
         else:
             self.base_model.add(adapter_name, stored, autocast=autocast_adapter_dtype, trainable=is_trainable)

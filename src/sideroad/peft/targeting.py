@@ -122,6 +122,7 @@ def _at(
         "modules_to_save": [our_name(name) for name in config.modules_to_save or ()],
         "trainable_tokens": _tokens(config, model, survey),
         "allow_unmatched": config.allow_unmatched,
+        "tie_embeddings": config.ensure_weight_tying,
         "bias": BIASES[config.bias],
         "dtype": _dtype((survey.modules[path] for path in paths if path in survey.modules), autocast),
     }  # fmt: skip
