@@ -17,7 +17,7 @@ from sideroad.methods.replaced import Replaced
 from sideroad.methods.rows import RowsDelta, TiedRows
 from sideroad.methods.tied import TiedPair
 from sideroad.route import CHILD, Route, deltas_of, find_delta
-from sideroad.seams import close_path, open_path, strip
+from sideroad.seams import close_path, foreign_forward, open_path, strip
 from sideroad.survey import Survey
 
 State = Mapping[str, Mapping[str, Tensor]]
@@ -106,8 +106,19 @@ def _follower(leader: nn.Module, layer: nn.Module) -> nn.Module:
 
 
 def copy_of(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a module without adapters, holding the given state."""
+    """Return a copy of a module without adapters, holding the given state.
+
+    Raises:
+        AdapterError: tensors for a meta model, or a forward on the instance that would still run the original.
+    """
     twin = strip(copy.deepcopy(module))
+    for name, inner in twin.named_modules():
+        forward = foreign_forward(inner)
+        if forward is not None and forward is foreign_forward(module.get_submodule(name)):
+            raise AdapterError(
+                f"the forward of this {type(inner).__name__} was replaced by a function that would run the original in "
+                "a copy too; attach the adapter first, or leave the module out of modules_to_save."
+            )
     with torch.no_grad():
         for name, tensor in twin.state_dict(keep_vars=True).items():
             if not tensor.is_meta:
