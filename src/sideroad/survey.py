@@ -121,6 +121,12 @@ class Survey:
             good = {self.canonical[path] for path in hits} & _row_layers(self).keys()
             if not hits and config.allow_unmatched:
                 continue
+            # the ids are looked up by the first path
+            by_alias = [path for path in hits if self.canonical[path] in good and self.canonical[path] not in hits]
+            findings += [
+                f'trainable_tokens "{pattern}" means {path}, which is {self.canonical[path]} by another path; name it.'
+                for path in by_alias[:1]
+            ]
             if not good:
                 there = ", ".join(path for path, layer in _row_layers(self).items() if isinstance(layer, nn.Embedding))
                 what = "matches no module" if not hits else f"means {type(self.modules[hits[0]]).__name__} ({hits[0]})"
