@@ -65,7 +65,7 @@ def merge_into(model: nn.Module, parts: Parts, *, keep_base: bool) -> tuple[Kept
     shared = {path for path in layers if all(getattr(delta, "shared", False) for delta, _ in parts[path])}
     written = [place(path, name) for path, found in names.items() if path not in shared for name in found]
     ties = find_ties(model, written, [place(path, "weight") for path in shared])
-    layers = _without_followers(layers, shared)
+    layers = _without_followers(layers, shared - ties.keys())
     parts = {path: parts[path] for path in layers}
     _refuse_non_finite(layers, parts)
     kept = {path: copy_parameters(layer, names[path]) for path, layer in layers.items()} if keep_base else None

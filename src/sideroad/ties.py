@@ -72,7 +72,21 @@ def find_ties(
         _judge(group, wanted, agreed, ties, findings)
         group = [owner] if owner else []
     raise_findings(MergeError, "merge refused", findings)
-    return ties
+    return ties | _orphans(model, ties)
+
+
+def _orphans(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
+    """Layers that a transformers model ties to one that parts: they part too, or a file would tie them to it again."""
+    parted = {f"{path}.weight": other for path, other in ties.items()}
+    found = {}
+    for prefix, module in walk(model) if ties else ():
+        present = module.__dict__.get(MAP)
+        dot = f"{prefix}." if prefix else ""
+        for one, two in present.items() if isinstance(present, dict) else ():
+            path, stays = (dot + one).removesuffix(".weight"), parted.get(dot + two)
+            if stays not in (None, path) and path not in ties:
+                found[path] = str(stays)
+    return found
 
 
 def _judge(
