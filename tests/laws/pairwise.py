@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -14,15 +15,27 @@ def full(axes: Mapping[str, Sequence[Any]]) -> list[Case]:
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
-def covering(axes: Mapping[str, Sequence[Any]]) -> list[Case]:
-    """Greedily choose combinations until every pair of values is covered; always the same set."""
-    cases = full(axes)
-    missing = {pair for case in cases for pair in _pairs(case)}
+def covering(axes: Mapping[str, Sequence[Any]], possible: Callable[[Case], bool] = lambda case: True) -> list[Case]:
+    """Greedily choose combinations until every pair of values is covered; always the same set.
+
+    Args:
+        possible: which combinations there are; pairs that are in none of them need no cover.
+    """
+    left = [(case, frozenset(_pairs(case))) for case in full(axes) if possible(case)]
+    missing = frozenset().union(*(pairs for _, pairs in left))
     chosen: list[Case] = []
+    # how many missing pairs a case has only falls, so the old count bounds the new one
+    queue = [(-len(pairs), index) for index, (_, pairs) in enumerate(left)]
+    heapq.heapify(queue)
     while missing:
-        best = max(cases, key=lambda case: len(missing.intersection(_pairs(case))))
-        chosen.append(best)
-        missing.difference_update(_pairs(best))
+        while True:
+            count, index = queue[0]
+            now = -len(missing & left[index][1])
+            if now == count:
+                break
+            heapq.heapreplace(queue, (now, index))
+        chosen.append(left[index][0])
+        missing -= left[index][1]
     return chosen
 
 

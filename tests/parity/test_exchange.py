@@ -1,0 +1,200 @@
+"""Adapters to PEFT and back, over a grid of models and options: same logits, gradients, merged weights and files."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grid import TOKENS, base_of, chosen, every, ours, run, theirs
+from pairwise import Case, name
+from torch import Tensor, nn
+
+from sideroad.adapter import Adapter
+from sideroad.attaching import Attached, attach
+from sideroad.errors import MergeError
+from sideroad.tensor_files import read_tensors, same_bits
+
+peft = pytest.importorskip("peft")
+
+STRAYS = (".original_module.", ".modules_to_save.bias")
+"""Marks of what PEFT writes beside a module trained whole with bias "all": copies that its own reader drops."""
+
+
+@dataclass
+class Exchange:
+    """One case: PEFT's filled model over a copy of the base, and the directory that it saved."""
+
+    case: Case
+    model: Any
+    directory: Path
+
+    def base(self) -> nn.Module:
+        """Return a fresh copy of the base."""
+        return base_of(self.case)
+
+    def attached(self) -> Attached:
+        """Return the handle of a fresh base with PEFT's adapter."""
+        return attach(self.base(), Adapter.load(self.directory))
+
+    @property
+    def close(self) -> float:
+        """Error allowed, relative to the largest value. In bfloat16 PEFT's products run in float32, ours do not."""
+        return 3e-2 if self.case["store"] == "bfloat16" else 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def perturb(parameters: Mapping[str, Tensor], seed: int) -> None:
+    """Change every tensor at random, so that none is what a reader would have started from."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for one in parameters.values():
+            one += (0.2 * torch.randn(one.shape, generator=draw)).to(one.dtype)
+
+
+def exchange(case: Case, folder: Path) -> Exchange:
+    """Let PEFT make, fill and save the adapter of a case."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base_of(case), peft.LoraConfig(**theirs(case))).eval()
+        perturb({path: one for path, one in model.named_parameters() if one.requires_grad}, 1)
+        model.save_pretrained(folder, save_embedding_layers=True if case["store"] == "embeddings" else "auto")
+    return Exchange(case, model, folder)
+
+
+def reload(case: Case, directory: Path) -> Any:
+    """Let PEFT read a directory onto a fresh base; a tensor that it misses or does not know is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*(missing adapter keys|unexpected).*")
+        return peft.PeftModel.from_pretrained(base_of(case), directory).eval()
+
+
+def same(found: Tensor, wanted: Tensor, close: float, what: str) -> None:
+    """Compare two tensors relative to the largest value of the one wanted."""
+    assert found.shape == wanted.shape, what
+    error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-30)
+    assert error <= close, f"{what}: relative error {error:.2e}"
+
+
+def our_name(path: str) -> tuple[str, bool]:
+    """Return our name of a parameter of a PEFT model, and whether it is of an attention's output projection."""
+    path = path.removeprefix("base_model.model.")
+    output = ".base_layer.out_proj.lora" in path
+    path = path.replace(".base_layer.out_proj", ".out_proj").replace(".modules_to_save.default.", ".")
+    path = re.sub(r"\.lora_(?:embedding_)?([AB])\.default(\.weight)?$", r".\1", path)
+    path = path.replace(".token_adapter.trainable_tokens_delta.default", ".rows").replace(".base_layer.bias", ".bias")
+    return path.replace(".original_module.", "."), output
+
+
+def check_logits(one: Exchange) -> None:
+    with torch.no_grad():
+        wanted, handle = run(one.case, one.model), one.attached()
+        same(run(one.case, handle.model), wanted, one.close, "logits")
+        plain = run(one.case, one.base())
+        with handle.disabled():
+            assert torch.equal(run(one.case, handle.model), plain)
+    assert (wanted - plain).abs().max() > 0.05 * plain.abs().max()
+
+
+def check_gradients(one: Exchange) -> None:
+    handle = one.attached()
+    handle.set_trainable("default")
+    draw = torch.randn(run(one.case, handle.model).shape, generator=torch.Generator().manual_seed(2))
+    for model in (one.model, handle.model):
+        (run(one.case, model).float() * draw).sum().backward()
+    mine = handle.parameters("default")
+    seen = set()
+    for path, parameter in one.model.named_parameters():
+        if parameter.requires_grad:
+            found, twice = our_name(path)
+            seen.add(found)
+            if parameter.grad is None:
+                assert mine[found].grad is None, found
+                continue
+            grad = mine[found].grad
+            assert grad is not None, found
+            # B of such a projection holds what acts, which is twice what PEFT's holds
+            same(grad * 2 if twice and found.endswith(".B") else grad, parameter.grad, 3 * one.close, found)
+    assert seen == set(mine)
+    one.model.zero_grad()
+
+
+def check_merged(one: Exchange) -> None:
+    mine = one.attached().merge_and_unload().state_dict()
+    wanted = copy.deepcopy(one.model).merge_and_unload().state_dict()
+    assert list(mine) == list(wanted)
+    for path, tensor in wanted.items():
+        same(mine[path], tensor, one.close, path)
+
+
+def check_files(one: Exchange, folder: Path) -> None:
+    one.attached().adapter("default").save(folder)
+    mine, wanted = (read_tensors(where / "adapter_model.safetensors") for where in (folder, one.directory))
+    own = one.base().state_dict()
+    for key in wanted.keys() - mine.keys():
+        path = key.removeprefix("base_model.model.").replace(".token_adapter", "").replace(".base_layer", "")
+        assert any(mark in key for mark in STRAYS) or same_bits(wanted[key], own[path]), key
+    assert mine.keys() <= wanted.keys()
+    for key, tensor in mine.items():
+        assert same_bits(tensor, wanted[key]), key
+    with torch.no_grad():
+        same(run(one.case, reload(one.case, folder)), run(one.case, one.model), 1e-6, "logits")
+
+
+def check_own(case: Case, folder: Path) -> None:
+    handle = attach(base_of(case), ours(case), seed=3)
+    perturb(handle.parameters("default"), 4)
+    handle.adapter("default").save(folder)
+    with torch.no_grad():
+        wanted = run(case, handle.model)
+        same(run(case, reload(case, folder)), wanted, 3e-2 if case["store"] == "bfloat16" else 1e-5, "logits")
+        assert torch.equal(run(case, attach(base_of(case), Adapter.load(folder)).model), wanted)
+
+
+@pytest.fixture(scope="module", params=chosen(), ids=name)
+def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exchange:
+    return exchange(request.param, tmp_path_factory.mktemp("peft"))
+
+
+def test_what_peft_made_gives_the_same_logits(one: Exchange) -> None:
+    check_logits(one)
+
+
+def test_what_peft_made_gives_the_same_gradients(one: Exchange) -> None:
+    check_gradients(one)
+
+
+def test_what_peft_made_merges_to_the_same_weights(one: Exchange) -> None:
+    check_merged(one)
+
+
+def test_what_peft_made_is_written_as_peft_writes_it(one: Exchange, tmp_path: Path) -> None:
+    check_files(one, tmp_path)
+
+
+def test_what_we_made_is_read_by_peft(one: Exchange, tmp_path: Path) -> None:
+    check_own(one.case, tmp_path)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("case", every(), ids=name)
+def test_every_exchange_of_the_full_product(case: Case, tmp_path: Path) -> None:
+    one = exchange(case, tmp_path / "peft")
+    check_logits(one)
+    check_gradients(one)
+    check_merged(one)
+    check_files(one, tmp_path / "ours")
+    check_own(case, tmp_path / "own")
