@@ -123,6 +123,16 @@ def test_foreign_files_are_recognised(tmp_path: Path, content: bytes, words: str
         read_tensors(tmp_path / "t.safetensors")
 
 
+def test_a_header_as_long_as_a_pickles_first_bytes_say_is_read(tmp_path: Path) -> None:
+    seen = set()
+    for count in range(540, 580):
+        path = tmp_path / f"{count}.safetensors"
+        write_tensors(path, {"n" * count: torch.ones(2)})
+        seen.add(path.read_bytes()[:2])
+        assert torch.equal(read_tensors(path)["n" * count], torch.ones(2))
+    assert b"\x80\x02" in seen
+
+
 def test_missing_file_and_error_kind(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="No such file"):
         read_tensors(tmp_path / "none.safetensors", BaseModelError)

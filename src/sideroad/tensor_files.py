@@ -160,7 +160,8 @@ def _header(file: BinaryIO, path: Path, error: type[SideroadError]) -> dict[str,
     size = os.fstat(file.fileno()).st_size
     start = file.read(64)
     for mark, what in _FOREIGN_STARTS.items():
-        if start.startswith(mark):
+        # the header's length may begin with the bytes of a mark: 640 with those of a pickle
+        if start.startswith(mark) and start[8:9] != b"{":
             raise error(f"{path} is not a safetensors file but {what}.")
     if len(start) < 8:
         raise error(f"{path} holds {size} bytes, too few for a safetensors file. It is truncated; fetch it again.")
