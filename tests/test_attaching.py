@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import IDS, fill, recompute_activations, tiny_llama
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from sideroad.attaching import attach, attached
 from sideroad.config import AdapterConfig, LoraMethod
@@ -29,6 +30,15 @@ def test_layers_keep_class_names_and_weight() -> None:
     assert handle.names == ("höf.v1",)
     assert next(iter(handle.parameters("höf.v1"))) == "model.layers.0.self_attn.q_proj.A"
     assert handle.paths("höf.v1")[1] == "model.layers.1.self_attn.q_proj"
+
+
+def test_the_task_is_what_the_model_can_do() -> None:
+    """PEFT picks a class by it, which asks the base for what generation needs: with a wrong one it cannot load."""
+    assert attach(tiny_llama(), Q).adapter("default").task_type == "CAUSAL_LM"
+    plain = attach(nn.Sequential(nn.Linear(4, 4)), AdapterConfig(targets="0", method=LoraMethod(rank=2)))
+    assert plain.adapter("default").task_type is None
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9))
+    assert attach(t5, AdapterConfig(targets="q")).adapter("default").task_type == "SEQ_2_SEQ_LM"
 
 
 def test_one_handle_per_model() -> None:

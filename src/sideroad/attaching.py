@@ -69,7 +69,7 @@ def attach(
         description = replace(adapter_or_config, weights={}, modules={})
     else:
         placed = _start(handle.survey(fresh=True), adapter_or_config, seed)
-        description = Adapter(config=adapter_or_config, weights={}, base=None)
+        description = Adapter(config=adapter_or_config, weights={}, base=None, task_type=_task_type(model))
     own = {path: kind.name for path in placed.targets if (kind := handle.survey().kinds[path]).name}
     description = replace(description, kinds={**description.kinds, **own})
     wanted = not isinstance(adapter_or_config, Adapter) if trainable is None else trainable
@@ -90,6 +90,13 @@ def _refuse_merged(handle: Attached, wanted: Adapter | AdapterConfig) -> None:
             f"{', '.join(handle.merged_names)} is merged, and this adapter starts from the base's own weights (bias, "
             "modules_to_save, trainable_tokens) or is compared with them; unmerge() first."
         )
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """Return the task that PEFT's files name; it chooses a class there that asks the base for what generation needs."""
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _place(handle: Attached, value: Adapter, name: str) -> Placed:
