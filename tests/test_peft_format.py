@@ -395,6 +395,12 @@ def test_strays_beside_a_whole_module_are_passed_over() -> None:
     assert (found.findings, list(found.modules), list(found.modules["head"])) == ([], ["head"], ["bias"])
 
 
+def test_strays_of_the_parts_of_a_whole_module_are_passed_over() -> None:
+    names = ("head.2.bias", "head.modules_to_save.default.2.bias", "head.original_module.2.bias")
+    found = from_tensors({f"base_model.model.{name}": torch.ones(3) for name in names}, ["head"])
+    assert (found.findings, list(found.modules["head"])) == ([], ["2.bias"])
+
+
 @pytest.mark.parametrize(
     ("key", "words"),
     [

@@ -28,8 +28,8 @@ _LEAVES = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
     "token_adapter.trainable_tokens_delta": "rows",
 }  # fmt: skip
-_STRAYS = (".original_module.", ".modules_to_save.bias")
-"""Marks of copies that PEFT writes beside what counts (bias "all" with modules_to_save)."""
+_STRAYS = (".original_module.", ".modules_to_save.")
+"""Marks of copies that PEFT writes beside what counts (bias "all" with modules_to_save), also of a module's parts."""
 _REFUSED = {
     "lora_magnitude_vector": "a DoRA magnitude; DoRA is not supported yet",
     "lora_B.bias": "a bias inside the pair (lora_bias); not supported yet",
