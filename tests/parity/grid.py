@@ -137,6 +137,8 @@ def _small(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
                     one.data.uniform_(-0.2, 0.2)
                 elif name.endswith("running_var"):
                     one.data.uniform_(0.5, 1.5)
+                elif one.ndim == 2 and one.is_floating_point() and one.std() < 0.05:
+                    one.data *= 5  # at the usual start an adapter of one block hardly shows in the logits
         return model
 
     return made
@@ -145,7 +147,7 @@ def _small(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 _ENCODER: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
 _LLAMA: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 24}
 _MOE = {
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 12,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 _T5 = {"d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
@@ -208,6 +210,9 @@ SUBJECTS: dict[str, Subject] = {
     ),
 }  # fmt: skip
 
+TIED = ("tied", "gpt2", "t5")
+"""Models whose head holds the embedding's weight."""
+
 AXES = {
     "model": tuple(SUBJECTS),
     "targets": ("names", "all-linear", "regex", "embedding", "head"),
@@ -229,6 +234,12 @@ def possible(case: Case) -> bool:
     if targets == "head" and (not subject.head_target or beside == "head"):
         return False
     if targets == "embedding" and beside == "rows":
+        return False
+    if targets == "head" and beside == "rows" and case["model"] in TIED:
+        # PEFT puts one of the two in the other's place: its own reader misses the pair that its writer lost
+        return False
+    if targets == "all-linear" and case["model"] in ("conv", "mha"):
+        # conv: the head alone, which is no target here; mha: test_an_output_projection_alone_counts_when_merged
         return False
     if case["where"] == "layers" and targets != "names":
         return False
@@ -307,10 +318,12 @@ def ours(case: Case) -> AdapterConfig:
         "names": (*subject.names, *attention), "all-linear": "all-linear", "regex": f"re:{regex}",
         "embedding": (subject.names[0], *attention, subject.embedding), "head": (subject.names[0], subject.head),
     }  # fmt: skip
-    fields: dict[str, Any] = {"targets": listed[case["targets"]]}
+    # a layer with one output has no pair of rank 4 here
+    fields: dict[str, Any] = {"targets": listed[case["targets"]], "rank_pattern": {"shared_expert_gate": 1}}
     if case["scale"] == "patterns":
         ranks = dict.fromkeys((subject.names[0], *attention), 2)
-        fields |= {"rank_pattern": ranks, "alpha_pattern": {r"re:.*\.1\..*": 3, subject.names[-1]: 9}}
+        patterns = fields["rank_pattern"] | ranks
+        fields |= {"rank_pattern": patterns, "alpha_pattern": {r"re:.*\.1\..*": 3, subject.names[-1]: 9}}
     if case["where"] == "layers":
         fields |= {"layers": (1,), "layers_pattern": subject.blocks}
     if case["where"] == "exclude":

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import TOKENS, base_of, chosen, every, ours, run, theirs
+from grid import TIED, base_of, chosen, every, ours, run, theirs
 from pairwise import Case, name
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from sideroad.tensor_files import read_tensors, same_bits
 
 peft = pytest.importorskip("peft")
 
-STRAYS = (".original_module.", ".modules_to_save.bias")
+STRAYS = (".original_module.", ".modules_to_save.")
 """Marks of what PEFT writes beside a module trained whole with bias "all": copies that its own reader drops."""
 
 
@@ -45,7 +45,7 @@ class Exchange:
 
     @property
     def close(self) -> float:
-        """Error allowed, relative to the largest value. In bfloat16 PEFT's products run in float32, ours do not."""
+        """Relative error allowed. On a bfloat16 base PEFT's products run in float32, ours in the base's type."""
         return 3e-2 if self.case["store"] == "bfloat16" else 1e-5
 
 
@@ -69,7 +69,7 @@ def exchange(case: Case, folder: Path) -> Exchange:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(base_of(case), peft.LoraConfig(**theirs(case))).eval()
-        perturb({path: one for path, one in model.named_parameters() if one.requires_grad}, 1)
+        perturb(trained(model), 1)
         model.save_pretrained(folder, save_embedding_layers=True if case["store"] == "embeddings" else "auto")
     return Exchange(case, model, folder)
 
@@ -82,10 +82,15 @@ def reload(case: Case, directory: Path) -> Any:
         return peft.PeftModel.from_pretrained(base_of(case), directory).eval()
 
 
-def same(found: Tensor, wanted: Tensor, close: float, what: str) -> None:
-    """Compare two tensors relative to the largest value of the one wanted."""
+def same(found: Tensor, wanted: Tensor, close: float, what: str, least: float = 1e-30) -> None:
+    """Compare two tensors by the norm of their difference.
+
+    Args:
+        close: limit, relative to the norm of the one wanted.
+        least: the norm to take where that one's is smaller.
+    """
     assert found.shape == wanted.shape, what
-    error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-30)
+    error = torch.dist(found.float(), wanted.float()) / max(float(wanted.float().norm()), least)
     assert error <= close, f"{what}: relative error {error:.2e}"
 
 
@@ -97,6 +102,11 @@ def our_name(path: str) -> tuple[str, bool]:
     path = re.sub(r"\.lora_(?:embedding_)?([AB])\.default(\.weight)?$", r".\1", path)
     path = path.replace(".token_adapter.trainable_tokens_delta.default", ".rows").replace(".base_layer.bias", ".bias")
     return path.replace(".original_module.", "."), output
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return what PEFT trains."""
+    return {path: one for path, one in model.named_parameters() if one.requires_grad}
 
 
 def check_logits(one: Exchange) -> None:
@@ -115,43 +125,69 @@ def check_gradients(one: Exchange) -> None:
     draw = torch.randn(run(one.case, handle.model).shape, generator=torch.Generator().manual_seed(2))
     for model in (one.model, handle.model):
         (run(one.case, model).float() * draw).sum().backward()
-    mine = handle.parameters("default")
-    seen = set()
-    for path, parameter in one.model.named_parameters():
-        if parameter.requires_grad:
-            found, twice = our_name(path)
-            seen.add(found)
-            if parameter.grad is None:
-                assert mine[found].grad is None, found
-                continue
-            grad = mine[found].grad
-            assert grad is not None, found
-            # B of such a projection holds what acts, which is twice what PEFT's holds
-            same(grad * 2 if twice and found.endswith(".B") else grad, parameter.grad, 3 * one.close, found)
-    assert seen == set(mine)
+    mine, theirs = handle.parameters("default"), trained(one.model)
+    assert {our_name(path)[0] for path in theirs} == set(mine)
+    largest = max(float(parameter.grad.norm()) for parameter in theirs.values() if parameter.grad is not None)
+    for path, parameter in theirs.items():
+        found, attention_output = our_name(path)
+        grad = mine[found].grad
+        assert (grad is None) == (parameter.grad is None), found
+        if grad is None:
+            continue
+        # The change counts twice in PEFT's forward, once in its gradient, so these are half of what its loss does; and
+        # our B is twice its B.
+        wanted = 2 * parameter.grad if attention_output and found.endswith(".A") else parameter.grad
+        # a bias in front of a softmax has no gradient but noise
+        same(grad, wanted, 3 * one.close, found, least=1e-3 * largest)
     one.model.zero_grad()
 
 
 def check_merged(one: Exchange) -> None:
-    mine = one.attached().merge_and_unload().state_dict()
-    wanted = copy.deepcopy(one.model).merge_and_unload().state_dict()
-    assert list(mine) == list(wanted)
+    handle = one.attached()
+    with torch.no_grad():
+        unmerged = run(one.case, handle.model)
+    if one.case["model"] == "conv" and one.case["targets"] == "names" and one.case["where"] != "layers":
+        # no weight of a grouped convolution can hold the change of PEFT's pair
+        with pytest.raises(MergeError, match="reaches across the groups"):
+            handle.merge_and_unload()
+        with pytest.raises(NotImplementedError):
+            copy.deepcopy(one.model).merge_and_unload()
+        return
+    plain = handle.merge_and_unload()
+    with torch.no_grad():
+        same(run(one.case, plain), unmerged, max(one.close, 2e-5), "logits")
+    mine, wanted = plain.state_dict(), copy.deepcopy(one.model).merge_and_unload().state_dict()
+    assert mine.keys() == wanted.keys()
     for path, tensor in wanted.items():
-        same(mine[path], tensor, one.close, path)
+        if not parts_from_its_tie(one.case, path):
+            same(mine[path], tensor, one.close, path)
+
+
+def parts_from_its_tie(case: Case, path: str) -> bool:
+    """Whether PEFT merges a change of one tied weight into all who hold it (its defect D10); here they part."""
+    whole = case["model"] in TIED and case["targets"] in ("embedding", "head")
+    return whole and path.endswith(("lm_head.weight", "embed_tokens.weight", "shared.weight", "wte.weight"))
 
 
 def check_files(one: Exchange, folder: Path) -> None:
-    one.attached().adapter("default").save(folder)
-    mine, wanted = (read_tensors(where / "adapter_model.safetensors") for where in (folder, one.directory))
+    value = Adapter.load(one.directory)
+    attach(one.base(), value).adapter("default").save(folder)
+    value.save(folder.parent / "unattached")
+    mine, wanted, kept = (read_tensors(where / "adapter_model.safetensors") for where in (folder, one.directory, folder.parent / "unattached"))
     own = one.base().state_dict()
     for key in wanted.keys() - mine.keys():
         path = key.removeprefix("base_model.model.").replace(".token_adapter", "").replace(".base_layer", "")
         assert any(mark in key for mark in STRAYS) or same_bits(wanted[key], own[path]), key
     assert mine.keys() <= wanted.keys()
     for key, tensor in mine.items():
-        assert same_bits(tensor, wanted[key]), key
+        assert same_bits(kept[key], wanted[key]), key
+        # attaching holds the adapter in one type, where PEFT leaves biases in the base's: wider, with the same values
+        assert same_bits(tensor, wanted[key].to(tensor.dtype)), key
+        assert tensor.dtype.itemsize >= wanted[key].dtype.itemsize, key
+    # PEFT adds and subtracts an attention's change in every forward, so its own weights have drifted by now
+    close = one.close if one.case["model"] == "mha" else 1e-6
     with torch.no_grad():
-        same(run(one.case, reload(one.case, folder)), run(one.case, one.model), 1e-6, "logits")
+        same(run(one.case, reload(one.case, folder)), run(one.case, one.model), close, "logits")
 
 
 def check_own(case: Case, folder: Path) -> None:
