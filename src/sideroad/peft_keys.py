@@ -30,6 +30,9 @@ _LEAVES = {
 }  # fmt: skip
 _STRAYS = (".original_module.", ".modules_to_save.")
 """Marks of copies that PEFT writes beside what counts (bias "all" with modules_to_save), also of a module's parts."""
+_ATTENTION_OUTPUT = re.compile(
+    r"(?:(?P<owner>.+)\.)?base_layer\.out_proj\.(?:lora_(?P<leaf>[AB])\.weight|base_layer\.bias)"
+)
 _REFUSED = {
     "lora_magnitude_vector": "a DoRA magnitude; DoRA is not supported yet",
     "lora_B.bias": "a bias inside the pair (lora_bias); not supported yet",
@@ -71,6 +74,9 @@ def module_key(path: str, leaf: str, *, adapted: bool = True, kind: str | None =
         adapted: the module has a pair. PEFT moves such a layer's own tensors below `base_layer`, also in files.
         kind: of the layer, where its tensors have names of their own.
     """
+    if kind == OUTPUT and adapted:
+        parent, _, name = path.rpartition(".")
+        path = f"{parent}.base_layer.{name}" if parent else f"base_layer.{name}"
     if leaf == "bias":
         return f"{ROOT}{path}.base_layer.bias" if adapted else f"{ROOT}{path}.bias"
     if leaf == BASE:
@@ -79,9 +85,6 @@ def module_key(path: str, leaf: str, *, adapted: bool = True, kind: str | None =
         return f"{ROOT}{path}.token_adapter.trainable_tokens_delta"
     if kind == EMBEDDING:
         return f"{ROOT}{path}.lora_embedding_{leaf}"
-    if kind == OUTPUT:
-        parent, _, name = path.rpartition(".")
-        path = f"{parent}.base_layer.{name}" if parent else f"base_layer.{name}"
     return f"{ROOT}{path}.lora_{leaf}.weight"
 
 
@@ -164,10 +167,10 @@ def _place(key: str, saved: Collection[str]) -> _Place | str:
     module = _saved_module(rest, saved)
     if module:
         return _Place(module, rest.removeprefix(f"{module}."), whole=True)
-    inner = re.fullmatch(r"(?:(?P<owner>.+)\.)?base_layer\.out_proj\.lora_(?P<leaf>[AB])\.weight", rest)
+    inner = _ATTENTION_OUTPUT.fullmatch(rest)
     if inner:
         owner = f"{inner['owner']}." if inner["owner"] else ""
-        return _Place(f"{owner}out_proj", inner["leaf"], OUTPUT)
+        return _Place(f"{owner}out_proj", inner["leaf"] or "bias", OUTPUT)
     for leaf, role in _LEAVES.items():
         if rest.endswith("." + leaf) and ".base_layer." not in rest:
             return _Place(rest.removesuffix("." + leaf), role, EMBEDDING if "embedding" in leaf else None)

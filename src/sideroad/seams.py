@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sideroad.errors import AdapterError
 from sideroad.kinds import kind_of
-from sideroad.methods.lora import LoraDelta
+from sideroad.methods.lora import BiasDelta, LoraDelta, bias_change
 from sideroad.methods.replaced import Replaced
 from sideroad.route import Deltas, Route, add_child, close_layer, deltas_of, open_layer
 from sideroad.rows import Plan
@@ -173,13 +173,15 @@ def _changed_weights(module: nn.Module) -> dict[str, Tensor]:
             f"rows() names an adapter of an attention projection ({type(module).__name__}), whose weight is one for "
             "all rows of a batch. Run one adapter at a time, with using(), or leave the attention out of its targets."
         )
-    weight: Tensor = module.get_parameter(kind.weight)
-    stored, changed = weight.dtype, False
+    found: dict[str, Tensor] = {}
     for key, factor in deltas.route.live.items():
         delta = deltas._modules.get(key)
         if isinstance(delta, LoraDelta):
-            weight, changed = delta.changed_weight(weight, factor), True
-    return {kind.weight: weight.to(stored)} if changed else {}
+            found[kind.weight] = delta.changed_weight(found.get(kind.weight, module.get_parameter(kind.weight)), factor)
+        if isinstance(delta, LoraDelta | BiasDelta) and delta.bias is not None:
+            change = bias_change(delta.bias, module, factor)
+            found["bias"] = found.get("bias", module.get_parameter("bias")).to(change.dtype) + change
+    return {name: tensor.to(module.get_parameter(name).dtype) for name, tensor in found.items()}
 
 
 def _view(

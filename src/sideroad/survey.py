@@ -146,8 +146,8 @@ class Survey:
 
     def _inside_whole(self, config: AdapterConfig, chosen: set[str], findings: list[str]) -> set[str]:
         """Chosen paths that are trained anyway, being in a module that is trained whole."""
-        whole = set(self.whole(config, []))
-        inside = {path for path in chosen if path in whole or _inside(path, whole)}
+        whole = self.inside_whole(config)
+        inside = chosen & whole
         rows = set(self.rows(config, []))
         findings += [
             f"{path} is a target, and some of its rows are in trainable_tokens; train one or the other."
@@ -156,7 +156,7 @@ class Survey:
         findings += [
             f"{path} is in modules_to_save, and some of its rows are in trainable_tokens; train one or the other."
             for path in sorted(rows)
-            if path in whole or _inside(path, whole)
+            if path in whole
         ]
         return inside
 
@@ -164,8 +164,7 @@ class Survey:
         """Return the paths whose bias `config.bias` trains, in model order."""
         if config.bias == "none":
             return ()
-        whole = set(self.whole(config, []))
-        everywhere = {path for path in self.modules if path not in whole and not _inside(path, whole)}
+        everywhere = self.modules.keys() - self.inside_whole(config)
         wanted = set(targets) if config.bias == "adapted" else everywhere - self.excluded(config, [])
         return tuple(
             path
@@ -189,6 +188,11 @@ class Survey:
         """Return the embedding whose weight the layer at a path holds; the path itself where there is none."""
         here = [path, *self.sharers(path)]
         return next((one for one in self.modules if one in here and isinstance(self.modules[one], nn.Embedding)), path)
+
+    def inside_whole(self, config: AdapterConfig) -> set[str]:
+        """Return the paths of modules trained whole and of all that is in them."""
+        whole = set(self.whole(config, []))
+        return {path for path in self.modules if path in whole or _inside(path, whole)}
 
     def leaves(self) -> list[str]:
         """Return the distinct last names of adaptable layers, in model order."""

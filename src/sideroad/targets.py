@@ -186,15 +186,15 @@ def _check_biases(survey: Survey, config: AdapterConfig, targets: Iterable[str])
         return [f'bias is "{config.bias}", but {where} of {survey.model_name} has a bias; set bias: none.']
     if config.bias == "adapted":
         return []
-    excluded = survey.excluded(config, [])
+    left = survey.excluded(config, []) | survey.inside_whole(config)
     other = [
         f"{path} ({type(module).__name__})"
         for path, module in survey.modules.items()
-        if module._parameters.get("bias") is not None and not has_trainable_bias(module) and path not in excluded
+        if module._parameters.get("bias") is not None and not has_trainable_bias(module) and path not in left
     ]
     if not other:
         return []
     return [
         f'bias is "all", but these biases cannot be trained: {", ".join(other)}; allowed: Linear, Conv1D, '
-        "convolutions, LayerNorm. Exclude them, or set bias: adapted."
+        "convolutions, LayerNorm, BatchNorm, GroupNorm. Exclude them, or set bias: adapted."
     ]

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from sideroad.errors import AdapterError, TargetError
 from sideroad.kinds import ALLOWED, Kind, kind_of
 
-BIASED_NORMS = (nn.LayerNorm,)
-"""Kinds besides adaptable layers whose output ends in `+ bias` over the last dimension."""
+CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+"""Norms whose output ends in `+ bias` over its second dimension, the channels."""
+BIASED_NORMS = (nn.LayerNorm, *CHANNEL_NORMS)
+"""Kinds besides adaptable layers whose output ends in `+ bias`; of the others over the last dimension."""
 
 
 def is_adaptable(layer: nn.Module) -> bool:

@@ -64,6 +64,7 @@ class OutProjection(InProjection):
 
     name = "attention-output"
     weight = "weight"
+    bias = "bias"
 
     def claims(self, layer: nn.Module) -> bool:
         """Whether it has the class that torch gives to this projection alone."""

@@ -11,6 +11,7 @@ from sideroad.kinds.convolution import CLASSES, sees_all_inputs
 from sideroad.kinds.linear import Linear
 from sideroad.lowrank import LowRank
 from sideroad.pairs import Blocks, matrices, spread
+from sideroad.weights import CHANNEL_NORMS
 
 
 class LoraDelta(nn.Module):
@@ -132,9 +133,15 @@ class BiasDelta(nn.Module):
 
 
 def add_bias_change(y: Tensor, bias: Tensor, layer: nn.Module, weight: float) -> Tensor:
-    """Return y + weight · (bias - layer.bias), the difference taken in the wider dtype: exactly y where they agree."""
+    """Return y + weight · (bias - layer.bias): exactly y where they agree."""
+    change, kind = bias_change(bias, layer, weight), kind_of(layer)
+    if isinstance(layer, CHANNEL_NORMS):
+        change = change.reshape(-1, *[1] * (y.ndim - 2))
+    return y + (change if kind is None else kind.spread_bias(layer, change)).to(y.dtype)
+
+
+def bias_change(bias: Tensor, layer: nn.Module, weight: float) -> Tensor:
+    """Return weight · (bias - layer.bias), [out], in the wider dtype of both."""
     base = layer.get_parameter("bias")
     wide = torch.promote_types(bias.dtype, base.dtype)
-    change = weight * (bias.to(wide) - base.to(wide))
-    kind = kind_of(layer)
-    return y + (change if kind is None else kind.spread_bias(layer, change)).to(y.dtype)
+    return weight * (bias.to(wide) - base.to(wide))
