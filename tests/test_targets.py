@@ -145,9 +145,12 @@ def test_bias_options() -> None:
     assert "no adapted layer" in error(model, targets="down", bias="adapted")
     model["conv"] = nn.Conv1d(2, 2, 1)
     assert bias_paths(model, wide, ["up"]) == ("up", "norm", "conv")
-    model["batch"] = nn.BatchNorm1d(2)
-    assert "these biases cannot be trained: batch (BatchNorm1d)" in error(model, targets="up", bias="all")
-    assert resolve(model, AdapterConfig(targets="up", bias="all", exclude=("batch",)))
+    model["channels"] = nn.BatchNorm1d(2)
+    assert bias_paths(model, wide, ["up"]) == ("up", "norm", "conv", "channels")
+    model["two"] = nn.Bilinear(2, 2, 2)
+    assert "these biases cannot be trained: two (Bilinear)" in error(model, targets="up", bias="all")
+    assert resolve(model, AdapterConfig(targets="up", bias="all", exclude=("two",)))
+    assert resolve(model, AdapterConfig(targets="up", bias="all", modules_to_save=("two",)))
 
 
 def test_shared_module_counts_once() -> None:

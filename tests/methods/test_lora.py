@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from sideroad.attaching import attach
+from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.methods.lora import BiasDelta, LoraDelta
 
 
@@ -93,3 +95,46 @@ def test_bias_change_is_exactly_nothing_at_the_start() -> None:
         one.bias += 1.0
     torch.testing.assert_close(one(x, y, layer, 0.5), y + 0.5)
     assert one.lower(layer) is None
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.BatchNorm1d(4), (3, 4)),
+        (nn.BatchNorm1d(4), (3, 4, 5)),
+        (nn.BatchNorm2d(4), (3, 4, 5, 6)),
+        (nn.BatchNorm3d(4), (2, 4, 3, 2, 5)),
+        (nn.GroupNorm(2, 4), (3, 4, 4)),
+        (nn.LayerNorm(4), (3, 5, 4)),
+    ],
+)
+def test_a_norms_bias_acts_on_its_channels(norm: nn.Module, shape: tuple[int, ...]) -> None:
+    one, x = BiasDelta(torch.arange(4.0)), torch.randn(shape)
+    norm.eval()
+    found = one(x, norm(x), norm, 1.0)
+    norm.get_parameter("bias").data = torch.arange(4.0)
+    torch.testing.assert_close(found, norm(x))
+
+
+def test_the_bias_of_attentions_output_projection_is_trained_with_its_pair_or_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2, batch_first=True), "lin": nn.Linear(8, 8)})
+    x = torch.randn(2, 3, 8)
+    for config, count in (
+        (AdapterConfig(targets=("mha", "out_proj"), bias="adapted", method=LoraMethod(rank=2)), 5),
+        (AdapterConfig(targets="lin", bias="all", method=LoraMethod(rank=2)), 4),
+    ):
+        handle = attach(model, config, seed=0)
+        plain = model["mha"](x, x, x)[0]
+        with torch.no_grad():
+            handle.parameters("default")["mha.out_proj.bias"] += 1.0
+        assert len(handle.parameters("default")) == count
+        found = model["mha"](x, x, x)[0]
+        torch.testing.assert_close(found, plain + 1.0)
+        found.sum().backward()
+        grad = handle.parameters("default")["mha.out_proj.bias"].grad
+        assert grad is not None
+        torch.testing.assert_close(grad, torch.full((8,), 6.0))
+        with handle.merged():
+            torch.testing.assert_close(model["mha"](x, x, x)[0], found)
+        handle.detach()

@@ -1,4 +1,4 @@
-"""The grid of exchanges with PEFT: tiny models of many architectures, options, and both sides' configuration of each."""
+"""The grid of exchanges with PEFT: tiny models of many architectures, options, and either side's words for them."""
 
 from __future__ import annotations
 
