@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
 from sideroad.joining import find_row_ties, state_without_adapters
 from sideroad.methods import ROWS, tokens_of
 from sideroad.peft_keys import BASE
 from sideroad.survey import Survey
+from sideroad.tensor_files import same_bits
 
 
 def settle_copies(survey: Survey, value: Adapter) -> tuple[Adapter, list[tuple[str, str]]]:
@@ -25,7 +26,10 @@ def settle_copies(survey: Survey, value: Adapter) -> tuple[Adapter, list[tuple[s
     """
     weights, modules = dict(value.weights), dict(value.modules)
     problems: list[tuple[str, str]] = []
-    for path, leaves in value.weights.items():
+    repeated = _repeated_rows(survey, value)
+    for path, whole in value.weights.items():
+        leaves = {leaf: tensor for leaf, tensor in whole.items() if leaf != ROWS or path not in repeated}
+        weights[path] = leaves
         if BASE not in leaves:
             continue
         rest = {leaf: tensor for leaf, tensor in leaves.items() if leaf != BASE}
@@ -45,9 +49,29 @@ def settle_copies(survey: Survey, value: Adapter) -> tuple[Adapter, list[tuple[s
             for one in shared:
                 modules[one] = {**state_without_adapters(survey.modules[one]), "weight": changed}
             weights[path] = {leaf: tensor for leaf, tensor in rest.items() if leaf != ROWS}
-    settled = {path for path, leaves in value.weights.items() if BASE in leaves}
+    settled = {path for path, leaves in value.weights.items() if BASE in leaves} | repeated
     kept = {path: leaves for path, leaves in weights.items() if leaves or path not in settled}
     return replace(value, weights=kept, modules=modules), problems
+
+
+def _repeated_rows(survey: Survey, value: Adapter) -> set[str]:
+    """Paths whose trained rows repeat, bit for bit, those of an embedding that holds the same weight.
+
+    PEFT writes the rows of a tied head a second time where it saves embedding layers.
+    """
+    rows = {path: leaves[ROWS] for path, leaves in value.weights.items() if ROWS in leaves}
+    held = {path: survey.modules[path]._parameters.get("weight") for path in rows if path in survey.modules}
+    embeddings = [path for path in held if isinstance(survey.modules[path], nn.Embedding)]
+    return {
+        path
+        for path, weight in held.items()
+        for source in embeddings
+        if path not in embeddings
+        and weight is not None
+        and held[source] is weight
+        and tokens_of(value.config, path) == tokens_of(value.config, source)
+        and same_bits(rows[path], rows[source])
+    }
 
 
 def _same(copy: Tensor, own: Tensor) -> bool:

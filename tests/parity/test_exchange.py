@@ -46,7 +46,7 @@ class Exchange:
     @property
     def close(self) -> float:
         """Relative error allowed. On a bfloat16 base PEFT's products run in float32, ours in the base's type."""
-        return 5e-2 if self.case["store"] == "bfloat16" else 1e-5
+        return 8e-2 if self.case["store"] == "bfloat16" else 1e-5
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def check_gradients(one: Exchange) -> None:
     draw = torch.randn(run(one.case, handle.model).shape, generator=torch.Generator().manual_seed(2))
     for model in (one.model, handle.model):
         (run(one.case, model).float() * draw).sum().backward()
-    mine, theirs = handle.parameters("default"), trained(one.model)
+    mine, theirs, exact = handle.parameters("default"), trained(one.model), exact_gradients(one, draw)
     assert {our_name(path)[0] for path in theirs} == set(mine)
     largest = max(float(parameter.grad.norm()) for parameter in theirs.values() if parameter.grad is not None)
     for path, parameter in theirs.items():
@@ -138,8 +138,22 @@ def check_gradients(one: Exchange) -> None:
         # our B is twice its B.
         wanted = 2 * parameter.grad if attention_output and found.endswith(".A") else parameter.grad
         # a bias in front of a softmax has no gradient but noise
-        same(grad, wanted, 5 * one.close, found, least=1e-2 * largest)
+        limit, size = 5 * one.close, max(float(wanted.norm()), 1e-2 * largest)
+        if exact:
+            # two roundings to bfloat16 differ by more than either is off
+            off = torch.dist(wanted.float(), exact[found]) / size
+            wanted, limit = exact[found], 0.1 + 2 * float(off)
+        same(grad, wanted, limit, found, least=size)
     one.model.zero_grad()
+
+
+def exact_gradients(one: Exchange, draw: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of a bfloat16 base's adapter, computed in float32; nothing for a float32 base."""
+    if one.case["store"] != "bfloat16":
+        return {}
+    handle = attach(one.base().float(), Adapter.load(one.directory), trainable=True)
+    (run({**one.case, "store": "float32"}, handle.model) * draw).sum().backward()
+    return {path: torch.zeros_like(p) if p.grad is None else p.grad for path, p in handle.parameters("default").items()}
 
 
 def check_merged(one: Exchange) -> None:
@@ -179,7 +193,11 @@ def check_files(one: Exchange, folder: Path) -> None:
     own = one.base().state_dict()
     for key in wanted.keys() - mine.keys():
         path = key.removeprefix("base_model.model.").replace(".token_adapter", "").replace(".base_layer", "")
-        assert any(mark in key for mark in STRAYS) or same_bits(wanted[key], own[path]), key
+        if key.endswith("trainable_tokens_delta"):
+            # of a tied head, whose rows are the embedding's
+            assert sum(same_bits(wanted[key], wanted[other]) for other in mine if other.endswith("_delta")) == 1, key
+        else:
+            assert any(mark in key for mark in STRAYS) or same_bits(wanted[key], own[path]), key
     assert mine.keys() <= wanted.keys()
     for key, tensor in mine.items():
         assert same_bits(kept[key], wanted[key]), key
@@ -204,7 +222,7 @@ def check_own(case: Case, folder: Path) -> None:
             with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\.grouped"):
                 reload(case, folder)
             return
-        same(run(case, reload(case, folder)), wanted, 5e-2 if case["store"] == "bfloat16" else 1e-5, "logits")
+        same(run(case, reload(case, folder)), wanted, 8e-2 if case["store"] == "bfloat16" else 1e-5, "logits")
 
 
 @pytest.fixture(scope="module", params=chosen(), ids=name)
@@ -230,6 +248,45 @@ def test_what_peft_made_is_written_as_peft_writes_it(one: Exchange, tmp_path: Pa
 
 def test_what_we_made_is_read_by_peft(one: Exchange, tmp_path: Path) -> None:
     check_own(one.case, tmp_path)
+
+
+def a_case(model: str, **changes: str) -> Case:
+    """A case outside the grid: one that it leaves out, because PEFT disagrees with itself."""
+    usual = {
+        "targets": "names", "scale": "plain", "bias": "none", "beside": "nothing", "where": "everywhere",
+        "store": "float32",
+    }  # fmt: skip
+    return {"model": model, **usual, **changes}
+
+
+def test_an_output_projection_alone_counts_as_pefts_merged_model_has_it(tmp_path: Path) -> None:
+    """PEFT's attention passes by the pair on its projection in the forward, so that it never learns; its merge counts.
+
+    Here the pair acts, unmerged and merged.
+    """
+    one = exchange(a_case("mha", targets="all-linear"), tmp_path)
+    handle = one.attached()
+    assert "layers.0.mha.out_proj" in handle.paths("default")
+    with torch.no_grad():
+        unmerged, found = run(one.case, one.model), run(one.case, handle.model)
+        merged = run(one.case, one.model.merge_and_unload())
+    same(found, merged, 1e-5, "logits")
+    assert (merged - unmerged).abs().max() > 0.05 * merged.abs().max()
+
+
+def test_peft_loses_one_of_a_tied_heads_pair_and_its_rows(tmp_path: Path) -> None:
+    """PEFT puts the rows' module in the place of the pair's; here both act, in files too."""
+    case = a_case("tied", targets="head", beside="rows")
+    one = exchange(case, tmp_path / "peft")
+    assert not [key for key in read_tensors(one.directory / "adapter_model.safetensors") if "lm_head.lora" in key]
+    handle = attach(base_of(case), ours(case), seed=0)
+    perturb(handle.parameters("default"), 1)
+    handle.adapter("default").save(tmp_path / "ours")
+    with torch.no_grad():
+        wanted = run(case, handle.model)
+        again = attach(base_of(case), Adapter.load(tmp_path / "ours"))
+        assert torch.equal(run(case, again.model), wanted)
+        same(run(case, again.merge_and_unload()), wanted, 1e-5, "merged")
 
 
 @pytest.mark.all
