@@ -223,6 +223,18 @@ def test_16_an_adapters_state_dict_has_pefts_names_and_the_models_memory() -> No
     assert get_peft_model_state_dict(torch.compile(ours)).keys() == expected.keys()  # type: ignore[arg-type]
 
 
+def test_16_an_injected_adapters_names_are_pefts_too() -> None:
+    mine = inject_adapter_in_model(config(), tiny_llama())
+    with quiet():
+        theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), tiny_llama())
+    named = get_peft_model_state_dict(mine)
+    assert named.keys() == peft.get_peft_model_state_dict(theirs).keys()
+    assert not next(iter(named)).startswith("base_model.")
+    assert set_peft_model_state_dict(mine, {name: tensor + 1 for name, tensor in named.items()}) == ([], [])
+    with pytest.raises(AdapterError, match="this LlamaForCausalLM has no adapters"):
+        get_peft_model_state_dict(tiny_llama())
+
+
 def test_d11_a_state_dict_that_does_not_fit_is_refused_whole() -> None:
     model = wrapped()
     before = bytes_of(model)
