@@ -137,7 +137,7 @@ class LoraModel(nn.Module):
         """
         names = self.known(adapter_name)
         if self.merged_adapters:
-            warnings.warn("set_adapter() on a merged model: it is unmerged first.", stacklevel=2)
+            warnings.warn("set_adapter() on a merged model: it is unmerged first.", stacklevel=3)
             self.handle.unmerge()
         with self.handle.using(self.weighed(names)):
             pass  # adapters that cannot act together are refused before anything is changed
@@ -170,7 +170,7 @@ class LoraModel(nn.Module):
             if not self._chosen and self.peft_config:
                 self._chosen = [next(iter(self.peft_config))]
                 warnings.warn(
-                    f'adapter "{adapter_name}" was active and is deleted; "{self._chosen[0]}" acts now.', stacklevel=2
+                    f'adapter "{adapter_name}" was active and is deleted; "{self._chosen[0]}" acts now.', stacklevel=3
                 )
         self._switch()
 
