@@ -203,3 +203,27 @@ def test_trl_fine_tunes_it(tmp_path: Path) -> None:
         assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
         read = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-3").eval()
     assert relative(logits(read), logits(model.eval())) <= 1e-5
+
+
+def test_trl_prefers_with_a_copy_of_the_adapter_as_the_reference(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from tiny import tiny_tokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    with quiet():
+        model = wrapped(target_modules=["q_proj", "v_proj", "up_proj"])
+        settings = DPOConfig(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+            use_cpu=True, bf16=False, logging_steps=1, disable_tqdm=True, seed=1,
+        )  # fmt: skip
+        rows = [{"prompt": f"do {n}", "chosen": f"yes {n}", "rejected": f"no no {n}"} for n in range(8)]
+        run = DPOTrainer(
+            model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer()
+        )
+        run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    # the reference starts as the trained adapter itself: -log(1/2)
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[1] < losses[0]
+    assert model.active_adapter == "default"
