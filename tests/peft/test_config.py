@@ -63,6 +63,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_one() -> None:
     [
         ({"r": 0}, "r is 0; the rank is a whole number from 1 on"),
         ({"r": 2.5}, "r is 2.5"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; a LoraConfig has LORA"),
         ({"lora_alpha": 0}, "lora_alpha is 0; expected a finite number above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it is a probability"),
         ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),

@@ -89,6 +89,8 @@ def test_1_names_and_attributes_fall_through() -> None:
     assert model.active_adapters == ["default"]
     assert model.active_peft_config is model.peft_config["default"]
     assert model.modules_to_save is None
+    both_projections = [f"model.layers.{n}.self_attn.{name}" for n in (0, 1) for name in ("q_proj", "v_proj")]
+    assert model.targeted_module_names == both_projections == both()[1].targeted_module_names
     assert model.base_model.model.model.layers[0].self_attn.q_proj is model.model.model.layers[0].self_attn.q_proj
     names = {name for name, _ in model.named_parameters() if ".lora." not in name}
     assert names == {f"base_model.model.{name}" for name, _ in tiny_llama().named_parameters()}

@@ -163,8 +163,10 @@ def test_nothing_left_is_an_error_even_where_unmatched_names_are_allowed() -> No
 
 
 def test_d13_a_string_is_one_expression_and_never_split_into_characters() -> None:
-    with pytest.raises(TargetError, match="target_modules 'q_proj' mean no module"):
+    with pytest.raises(TargetError, match=r"target_modules 'q_proj' mean no module.*for names give \['q_proj'\]"):
         ours(tiny_llama, target_modules="q_proj")
+    with pytest.raises(TargetError, match=r"for names give \['q_proj', 'v_proj'\]"):
+        ours(tiny_llama, target_modules="q_proj, v_proj")
 
 
 def test_a_module_that_cannot_be_adapted_is_an_error_with_its_kind() -> None:

@@ -171,8 +171,8 @@ class LoraConfig(PeftConfig):
     """Ours: pass over names that match no module."""
 
     def __post_init__(self) -> None:
-        self._settle()
         self.check()
+        self._settle()
 
     def check(self) -> None:
         """Check all fields as for a new adapter.

@@ -28,7 +28,7 @@ from sideroad.peft.status import (
     get_model_status,
 )
 from sideroad.peft.stored import Stored
-from sideroad.peft.tensors import LoadResult, gathered, refuse_embeddings
+from sideroad.peft.tensors import LoadResult, gathered, live_parts, refuse_embeddings
 from sideroad.peft_keys import ROOT
 
 
@@ -123,6 +123,13 @@ class PeftModel(Reported, nn.Module):
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that any adapter trains whole, or None."""
         return {name for one in self.peft_config.values() for name in one.modules_to_save or ()} or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the layers on which any adapter has a pair, in the base's order."""
+        parts = [live_parts(self.base_model.handle, name).weights for name in self.peft_config]
+        found = {path for one in parts for path, leaves in one.items() if "A" in leaves}
+        return [path for path, _ in self.get_base_model().named_modules() if path in found]
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:

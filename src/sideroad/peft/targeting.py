@@ -99,7 +99,7 @@ def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) 
     if not paths:
         findings.append(
             f"target_modules {_shown(config.target_modules)} mean no module of {survey.model_name}, with what "
-            f"exclude_modules, layers_to_transform and modules_to_save leave. {survey.found()}"
+            f"exclude_modules, layers_to_transform and modules_to_save leave.{_listed(config)} {survey.found()}"
         )
     raise_findings(TargetError, f"target_modules for {survey.model_name}", findings)
     return paths
@@ -248,6 +248,15 @@ def _dtype(layers: Iterable[nn.Module], autocast: bool) -> AdapterDtype:
 
 def _is_all_linear(value: object) -> bool:
     return isinstance(value, str) and value.lower() == "all-linear"
+
+
+def _listed(config: LoraConfig) -> str:
+    """Return a hint where a string, which is one expression, looks like names."""
+    said = config.target_modules
+    names = re.split(r"[\s,]+", said.strip()) if isinstance(said, str) else []
+    if not names or not all(re.fullmatch(r"[\w.]+", name) for name in names):
+        return ""
+    return f" A string is one regular expression for the whole path; for names give {names!r}."
 
 
 def _means(name: str, path: str) -> bool:
