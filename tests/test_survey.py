@@ -81,7 +81,7 @@ def test_what_is_trained_whole_is_no_target_and_has_no_bias_of_its_own() -> None
     read = Survey(Mixed())
     assert read.whole(config, []) == ["norm", "blocks.0.0", "blocks.1.0"]
     assert read.select(config, []) == ["attention", "attention.out_proj"]
-    assert read.biases(config, ()) == ("conv", "head")
+    assert read.biases(config, ()) == ("conv", "attention.out_proj", "head")
     assert read.biases(AdapterConfig(), ("head",)) == ()
 
 
@@ -115,7 +115,6 @@ def test_rows_are_of_embeddings_and_heads_and_the_first_pattern_counts() -> None
         ({"targets": (), "modules_to_save": ("blocks.0.1",)}, "means blocks.0.1, which has no parameters"),
         ({"layers": (7,)}, "layers asks for 7, but Mixed has blocks 0-1 only"),
         ({"layers_pattern": "blocks"}, "layers_pattern is set without layers"),
-        ({"targets": "head", "bias": "all"}, "these biases cannot be trained: attention.out_proj (NonDynamicallyQuant"),
         ({"targets": "embed", "bias": "adapted"}, 'bias is "adapted", but no adapted layer of Mixed has a bias'),
     ],
 )

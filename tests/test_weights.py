@@ -70,5 +70,7 @@ def test_which_biases_can_be_trained() -> None:
     assert has_trainable_bias(Conv1D(4, 4))
     assert has_trainable_bias(nn.LayerNorm(4))
     assert has_trainable_bias(nn.Conv1d(4, 4, 1))
-    for layer in (nn.Linear(4, 4, bias=False), nn.Embedding(4, 4), nn.MultiheadAttention(4, 2), nn.BatchNorm1d(4)):
+    assert has_trainable_bias(nn.BatchNorm1d(4))
+    assert has_trainable_bias(nn.MultiheadAttention(4, 2).out_proj)
+    for layer in (nn.Linear(4, 4, bias=False), nn.Embedding(4, 4), nn.MultiheadAttention(4, 2), nn.InstanceNorm1d(4)):
         assert not has_trainable_bias(layer), layer
