@@ -15,7 +15,7 @@ from tiny import IDS, fill, tiny_llama
 from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
-from sideroad.attaching import attach
+from sideroad.attaching import attach, attached
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError, TargetError
 from sideroad.methods.lora import LoraDelta
@@ -186,3 +186,35 @@ def test_copies_keep_following() -> None:
     with torch.no_grad():
         twin.model.embed_tokens.lora._modules["default"].A.zero_()
     torch.testing.assert_close(twin.lm_head(torch.ones(32)), base().lm_head(torch.ones(32)))
+
+
+def test_a_tied_heads_own_pair_acts_beside_the_embeddings_rows(tmp_path: Path) -> None:
+    config = AdapterConfig(
+        targets=("lm_head", "q_proj"), method=LoraMethod(rank=4), trainable_tokens={"embed_tokens": (3, 6, 9)}
+    )
+    model = tiny_llama(tie_word_embeddings=True)
+    handle = attach(model, config, seed=0)
+    names = [name for name in handle.parameters("default") if "layers" not in name]
+    assert names == ["model.embed_tokens.rows", "lm_head.A", "lm_head.B"]
+    fill(handle)
+    head = model.lm_head
+    state = {name: one.detach().clone() for name, one in handle.parameters("default").items()}
+    found, hidden = model(IDS).logits, model.model(IDS).last_hidden_state
+    weight = head.weight.index_copy(0, torch.tensor([3, 6, 9]), state["model.embed_tokens.rows"])
+    weight = weight + 4.0 * state["lm_head.B"] @ state["lm_head.A"]
+    torch.testing.assert_close(found, hidden @ weight.t(), rtol=1e-4, atol=1e-5)
+    handle.adapter("default").save(tmp_path / "a")
+    again = attach(tiny_llama(tie_word_embeddings=True), Adapter.load(tmp_path / "a"))
+    assert torch.equal(again.model(IDS).logits, found)
+    twin = attached(copy.deepcopy(model))
+    assert twin is not None
+    assert torch.equal(twin.model(IDS).logits, found)
+    before = head.weight.clone()
+    for one in (handle, twin):
+        one.merge()
+        torch.testing.assert_close(one.model(IDS).logits, found, rtol=1e-4, atol=1e-5)
+        one.unmerge()
+    assert torch.equal(head.weight, before)
+    assert head.weight is model.model.embed_tokens.weight
+    handle.detach()
+    assert not [name for name in model.state_dict() if "lora" in name]

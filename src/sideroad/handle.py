@@ -17,7 +17,7 @@ from sideroad.hold import let_go, take_hold
 from sideroad.interrupts import uninterrupted
 from sideroad.joining import Placed, join, make_deltas, part, state_of
 from sideroad.merging import Merged, base_instead, merge_into, restore
-from sideroad.methods import parameters_of, tune_delta
+from sideroad.methods import acting, parameters_of, tune_delta
 from sideroad.roster import Entry, Roster
 from sideroad.route import Names, Route, by_key, escape, find_delta, unescape
 from sideroad.rows import Plan
@@ -320,7 +320,8 @@ class Attached:
         pairs: dict[str, list[tuple[nn.Module, float]]] = {}
         for key, weight in weights.items():
             for path in self._roster.entries[unescape(key)].places:
-                pairs.setdefault(path, []).append((find_delta(self.model, path, unescape(key)), weight))
+                delta = find_delta(self.model, path, unescape(key))
+                pairs.setdefault(path, []).extend((one, weight) for one in acting(delta))
         with uninterrupted():
             kept, untied = merge_into(self.model, pairs, keep_base=keep_base)
             self._merged = Merged(dict(weights), (self._route.active, self._route.live), kept, untied)

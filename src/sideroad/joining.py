@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.methods import ROWS, make_delta, parts_of
-from sideroad.methods.lora import LoraDelta
+from sideroad.methods.lora import BiasDelta, LoraDelta
 from sideroad.methods.replaced import Replaced
 from sideroad.methods.rows import RowsDelta, TiedRows
 from sideroad.methods.tied import TiedPair
@@ -86,7 +86,11 @@ def make_deltas(model: nn.Module, config: AdapterConfig, placed: Placed) -> dict
     for path, state in placed.modules.items():
         made[path] = Replaced(copy_of(model.get_submodule(path), state))
     for path, source in placed.ties.items():
-        made[path] = _follower(made[source], model.get_submodule(path))
+        follower, own = _follower(made[source], model.get_submodule(path)), made.get(path)
+        if isinstance(own, LoraDelta | BiasDelta) and isinstance(follower, TiedRows):
+            own.beside = follower
+        elif not isinstance(own, Replaced):
+            made[path] = follower
     return made
 
 

