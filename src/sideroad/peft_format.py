@@ -154,7 +154,7 @@ def write_config(
         "rank_pattern": their_patterns(config.rank_pattern, ranks, rank),
         "alpha_pattern": their_patterns(config.alpha_pattern, alphas, method.alpha),
         "init_lora_weights": "gaussian" if method.init == "gaussian" else None,
-        "modules_to_save": their_modules(config, held),
+        "modules_to_save": their_modules(held),
         "trainable_token_indices": their_tokens(config, held),
         **their_targets(config, paths, exact=OUTPUT in held.kinds.values()),
     }

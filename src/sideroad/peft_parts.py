@@ -14,7 +14,7 @@ from sideroad.errors import AdapterError
 from sideroad.pairs import spread
 from sideroad.patterns import is_name, matches
 from sideroad.peft_keys import OUTPUT, Sorted
-from sideroad.peft_targets import our_name, their_name, their_value
+from sideroad.peft_targets import our_name, their_value
 
 
 def peft_path(path: str, kinds: Mapping[str, str]) -> str:
@@ -117,13 +117,9 @@ def our_modules(fields: Mapping[str, Any], held: Sorted) -> list[str]:
     return [our_name(name) for name in names] if len(covered) == len(held.modules) else [*map(our_name, held.modules)]
 
 
-def their_modules(config: AdapterConfig, held: Sorted) -> list[str]:
-    """Return `modules_to_save` for a configuration: its names where PEFT reads them alike, else whole paths."""
-    if not held.modules:
-        return []
-    names = [their_name(pattern) for pattern in config.modules_to_save]
-    plain = [name for name in names if name]
-    return plain if len(plain) == len(names) and plain else list(held.modules)
+def their_modules(held: Sorted) -> list[str]:
+    """Return `modules_to_save`: whole paths, since PEFT takes a name for every path that ends in its letters."""
+    return list(held.modules)
 
 
 def our_tokens(fields: Mapping[str, Any], held: Sorted, source: str) -> tuple[dict[str, list[int]], list[str]]:
