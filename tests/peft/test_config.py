@@ -160,8 +160,9 @@ def test_a_file_that_cannot_be_honoured_is_refused(tmp_path: Path) -> None:
         assert word in str(caught.value)
 
 
-def test_a_hub_name_is_refused_with_the_way_to_download_it() -> None:
-    with pytest.raises(AdapterError, match=r"must be downloaded first \(hf download NAME --local-dir DIR\)"):
+def test_a_repository_that_the_hub_does_not_give_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDEROAD_OFFLINE", "1")
+    with pytest.raises(AdapterError, match=r"there is no adapter at someone/some-lora: it is no local directory"):
         PeftConfig.from_pretrained("someone/some-lora")
 
 

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sideroad.base.adapters import adapter_directory
 from sideroad.base.auto_classes import auto_class
-from sideroad.errors import AdapterError, ConfigError
+from sideroad.errors import AdapterError
 from sideroad.peft.config import LoraConfig, PeftConfig
 from sideroad.peft.model import PeftModel
 from sideroad.peft.tasks import (
@@ -47,16 +48,15 @@ class AutoPeftModel:
         """Load base and adapter. If a tokenizer beside the adapter has more tokens than the base, that is made larger.
 
         Args:
-            pretrained_model_name_or_path: a local directory with an adapter.
+            pretrained_model_name_or_path: a local directory with an adapter, or a repository's name on the hub.
             config: to be used in place of the directory's own.
-            revision: must be None; a directory has none. The base's is in the configuration.
+            revision: of that repository. The base's is in the configuration.
             kwargs: for the base's `from_pretrained`, such as `torch_dtype` or `device_map`.
         Raises:
             AdapterError: as in `PeftModel.from_pretrained`; no base named; an adapter for another task.
         """
-        if revision is not None:
-            raise ConfigError("revision is not supported: the adapter is a local directory; the base's is in its file.")
-        said = config or PeftConfig.from_pretrained(pretrained_model_name_or_path)
+        place = adapter_directory(pretrained_model_name_or_path, revision=revision, token=kwargs.get("token"))
+        said = config or PeftConfig.from_pretrained(place)
         wanted = CLASSES.get(said.task_type or "")
         if wanted is not None and wanted is not cls.peft_class:
             raise AdapterError(
@@ -69,10 +69,10 @@ class AutoPeftModel:
             )
         loader = auto_class(cls.base_class) if cls.base_class else _named_class(said)
         model = loader.from_pretrained(said.base_model_name_or_path, revision=said.revision or "main", **kwargs)
-        _grow(model, Path(pretrained_model_name_or_path))
+        _grow(model, place)
         return cls.peft_class.from_pretrained(
             model,
-            pretrained_model_name_or_path,
+            place,
             adapter_name,
             is_trainable,
             config,

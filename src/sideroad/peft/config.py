@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from sideroad.adapter_files import CONFIG, refuse_elsewhere
+from sideroad.adapter_files import CONFIG
+from sideroad.base.adapters import adapter_directory
 from sideroad.errors import AdapterError, ConfigError, did_you_mean, raise_findings
 from sideroad.files import json_text, read_json, replace_file
 from sideroad.peft.checks import contradictions
@@ -76,15 +77,19 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> LoraConfig:
-        """Read adapter_config.json of a local directory.
+        """Read adapter_config.json of a local directory, or of a repository on the hub.
 
         Raises:
-            AdapterError: no such directory (the message says how to download), or a file that cannot be honoured.
+            AdapterError: no such directory or repository, or a file that cannot be honoured.
         """
-        directory = Path(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
-        refuse_elsewhere(directory)
+        place = pretrained_model_name_or_path
+        directory = adapter_directory(place, subfolder=subfolder, revision=revision, token=token)
         return LoraConfig.from_file(read_json(directory / CONFIG), str(directory / CONFIG))
 
     @classmethod

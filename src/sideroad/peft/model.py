@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from sideroad.base.adapters import adapter_directory
 from sideroad.errors import AdapterError, ConfigError
 from sideroad.peft.card import update_card
 from sideroad.peft.checkpointing import feed_gradients, starve_gradients
@@ -255,11 +256,13 @@ class PeftModel(Reported, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         subfolder: str | None = None,
         torch_device: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Self:
         """Put a saved adapter on a base; the class is the one of its task. The model is in eval mode unless trainable.
 
         Args:
-            model_id: a local directory.
+            model_id: a local directory, or `owner/name` of a repository on the hub, at `revision`.
             config: to be used in place of the directory's own.
             torch_device: without effect; tensors go where their layers are.
         Raises:
@@ -268,7 +271,8 @@ class PeftModel(Reported, nn.Module):
         from sideroad.peft.tasks import class_of  # the classes of the tasks derive from this one
 
         refuse_options(ephemeral_gpu_offload, key_mapping)
-        stored = read_stored(Path(model_id, *([subfolder] if subfolder else [])), config)
+        place = adapter_directory(model_id, subfolder=subfolder, revision=revision, token=token)
+        stored = read_stored(place, config)
         stored = make_room(model, stored, is_trainable)
         wrapped: Any = class_of(stored.config, cls)(
             model, stored, adapter_name, autocast_adapter_dtype, trainable=is_trainable
@@ -289,6 +293,8 @@ class PeftModel(Reported, nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> LoadResult:
         """Load a saved adapter, which waits for `set_adapter`; a name that exists gets the tensors, if they fit.
 
@@ -301,7 +307,7 @@ class PeftModel(Reported, nn.Module):
         """
         refuse_options(ephemeral_gpu_offload, key_mapping)
         present = adapter_name in self.peft_config
-        stored = read_stored(Path(model_id, *([subfolder] if subfolder else [])))
+        stored = read_stored(adapter_directory(model_id, subfolder=subfolder, revision=revision, token=token))
         stored = make_room(self.base_model.model, stored, is_trainable or present)
         if present:
             self.base_model.handle.load(adapter_name, stored.value)
