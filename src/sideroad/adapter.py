@@ -22,6 +22,7 @@ from sideroad.pairs import blocks, compact, enabled, matrices, out_of, slices_of
 from sideroad.peft_fields import shown
 from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, unfold_slices, write_config
 from sideroad.peft_keys import BASE, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
+from sideroad.peft_parts import attention_findings
 from sideroad.scaling import RULES, scale
 from sideroad.targets import alpha_of, rank_of
 from sideroad.tensor_checks import weight_findings
@@ -164,6 +165,8 @@ class Adapter:
         """
         plain = self._plain()
         findings = weight_findings(plain.weights, plain.modules) + _bias_findings(self.config, self.weights)
+        alphas = {path: alpha_of(self.config, path) for path in self.paths}
+        findings += [] if findings else attention_findings(self.ranks, alphas, self.kinds)
         findings += [
             f'manifest has the key "{key}", which save writes itself' for key in RESERVED if key in self.manifest
         ]

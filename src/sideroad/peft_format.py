@@ -21,6 +21,7 @@ from sideroad.peft_parts import (
     module_findings,
     our_modules,
     our_tokens,
+    output_patterns,
     peft_path,
     saved_names,
     their_modules,
@@ -109,8 +110,10 @@ def read_config(
                 "kind": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "init": init,
                 "scaling": "alpha/sqrt(r)" if fields.get("use_rslora") else "alpha/r",
             },
-            "rank_pattern": our_patterns(rank_pattern, list(ranks), held.kinds),
-            "alpha_pattern": our_patterns(alpha_pattern, list(ranks), held.kinds),
+            "rank_pattern": output_patterns(rank_pattern, rank, ranks, held.kinds)
+            | our_patterns(rank_pattern, list(ranks)),
+            "alpha_pattern": output_patterns(alpha_pattern, alpha, ranks, held.kinds)
+            | our_patterns(alpha_pattern, list(ranks)),
             "bias": _BIASES[bias],
             "dtype": "float32" if stored_float32 else "base",
         })  # fmt: skip
@@ -137,13 +140,13 @@ def write_config(
     """
     held = held or Sorted()
     # PEFT has one entry for an attention with its output projection
+    alphas = {peft_path(path, held.kinds): alpha_of(config, path) for path in ranks}
     ranks = {peft_path(path, held.kinds): value for path, value in ranks.items()}
     paths = list(ranks)
     rank = config.method.rank
     if ranks and not any(value == rank for value in ranks.values()):
         rank = Counter(ranks.values()).most_common(1)[0][0]
     method = config.method
-    alphas = {path: alpha_of(config, path) for path in paths}
     fields: dict[str, Any] = {
         "r": rank,
         "lora_alpha": plain_number(method.alpha),

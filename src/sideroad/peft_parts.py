@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,27 @@ from sideroad.peft_targets import our_name, their_value
 def peft_path(path: str, kinds: Mapping[str, str]) -> str:
     """Return the module that PEFT's configuration means for a path: of an output projection, its attention."""
     return path.rpartition(".")[0] if kinds.get(path) == OUTPUT else path
+
+
+def output_patterns(
+    patterns: Mapping[str, Any], default: Any, paths: Iterable[str], kinds: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return PEFT's value for every output projection as exact patterns: its attention's, whatever its own name is."""
+    outputs = [path for path in paths if kinds.get(path) == OUTPUT] if patterns else []
+    return {f"re:{re.escape(path)}": their_value(patterns, peft_path(path, kinds), default) for path in outputs}
+
+
+def attention_findings(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], kinds: Mapping[str, str | None]
+) -> list[str]:
+    """List the attentions whose projections have numbers of their own, which PEFT's files cannot say."""
+    pairs = [(path.rpartition(".")[0], path) for path in ranks if kinds.get(path) == OUTPUT]
+    return [
+        f"{owner} and {path} have ranks {ranks[owner]} and {ranks[path]}, alpha {alphas[owner]:g} and "
+        f"{alphas[path]:g}; PEFT's files have one of each for both: give both the same in rank_pattern, alpha_pattern"
+        for owner, path in pairs
+        if owner in ranks and (ranks[owner], alphas[owner]) != (ranks[path], alphas[path])
+    ]
 
 
 def file_rank(leaves: Mapping[str, Tensor], said: Any) -> int:

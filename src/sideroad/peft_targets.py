@@ -170,19 +170,9 @@ def their_name(pattern: str) -> str | None:
     return pattern if pattern != "all-linear" and is_name(pattern) else None
 
 
-def our_patterns(
-    patterns: Mapping[str, Any], paths: Collection[str], kinds: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Return PEFT's pattern keys as patterns of ours that match the same modules, in the same order.
-
-    Args:
-        kinds: of the paths that are not plain. What PEFT says of an attention holds for its output projection too.
-    """
+def our_patterns(patterns: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """Return PEFT's pattern keys as patterns of ours that match the same modules, in the same order."""
     ours: dict[str, Any] = {}
-    for path in paths:
-        value = their_value(patterns, path.rpartition(".")[0], None) if (kinds or {}).get(path) == OUTPUT else None
-        if value is not None:
-            ours[f"re:{re.escape(path)}"] = value
     for key, value in patterns.items():
         regex = re.compile(rf"(.*\.)?({key})$")
         # PEFT's dot matches any character; where that makes no difference the plain name is kept.

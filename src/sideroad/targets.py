@@ -13,6 +13,7 @@ from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError, TargetError, did_you_mean, raise_findings
 from sideroad.pairs import blocks, pair_shapes, slices_of
 from sideroad.patterns import first_match, is_name, matches, shortest_names
+from sideroad.peft_parts import attention_findings
 from sideroad.survey import Survey
 from sideroad.weights import has_trainable_bias, layer_shape
 
@@ -164,6 +165,9 @@ def _check_numbers(survey: Survey, config: AdapterConfig, targets: Mapping[str, 
                     f'{field} "{pattern}" matches none of the adapted layers of {survey.model_name}.\n'
                     f"  Adapted: {', '.join(leaves) or 'none'}.\n {guess}".rstrip()
                 )
+    kinds = {path: survey.kinds[path].name for path in targets}
+    ranks, alphas = ({path: getattr(one, what) for path, one in targets.items()} for what in ("rank", "alpha"))
+    findings += [f"{finding}." for finding in attention_findings(ranks, alphas, kinds)]
     large = [target for target in targets.values() if target.rank > target.largest_rank]
     groups = Counter(
         (target.path.rpartition(".")[2], target.rank, target.out_features, target.in_features, target.largest_rank)

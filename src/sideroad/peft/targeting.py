@@ -17,6 +17,7 @@ from sideroad.patterns import shortest_names
 from sideroad.peft.config import LoraConfig, plain
 from sideroad.peft.default_targets import default_names
 from sideroad.peft.kinds import HEADS, TaskType
+from sideroad.peft_parts import output_patterns
 from sideroad.peft_targets import is_target, our_name, our_patterns, our_targets
 from sideroad.survey import Survey
 
@@ -117,8 +118,8 @@ def _at(
             "scaling": "alpha/sqrt(r)" if config.use_rslora else "alpha/r",
             "init": INITS[config.init_lora_weights],
         },
-        "rank_pattern": our_patterns(_used(config, "rank_pattern", paths), paths, kinds),
-        "alpha_pattern": our_patterns(_used(config, "alpha_pattern", paths), paths, kinds),
+        "rank_pattern": _patterns(config, "rank_pattern", config.r, paths, kinds),
+        "alpha_pattern": _patterns(config, "alpha_pattern", config.lora_alpha, paths, kinds),
         "modules_to_save": [our_name(name) for name in config.modules_to_save or ()],
         "trainable_tokens": _tokens(config, model, survey),
         "allow_unmatched": config.allow_unmatched,
@@ -180,6 +181,12 @@ def _tokens(config: LoraConfig, model: nn.Module, survey: Survey) -> dict[str, l
             "{name: [ids]}."
         )
     return {our_name(path): list(said)}
+
+
+def _patterns(config: LoraConfig, name: str, usual: float, paths: list[str], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Return a pattern field in our words; what it says of an attention holds for its output projection too."""
+    used = _used(config, name, paths)
+    return output_patterns(used, usual, paths, kinds) | our_patterns(used, paths)
 
 
 def _used(config: LoraConfig, name: str, paths: list[str]) -> dict[str, Any]:
