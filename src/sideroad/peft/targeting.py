@@ -183,7 +183,9 @@ def _tokens(config: LoraConfig, model: nn.Module, survey: Survey) -> dict[str, l
     return {our_name(path): list(said)}
 
 
-def _patterns(config: LoraConfig, name: str, usual: float, paths: list[str], kinds: Mapping[str, str]) -> dict[str, Any]:
+def _patterns(
+    config: LoraConfig, name: str, usual: float, paths: list[str], kinds: Mapping[str, str]
+) -> dict[str, Any]:
     """Return a pattern field in our words; what it says of an attention holds for its output projection too."""
     used = _used(config, name, paths)
     return output_patterns(used, usual, paths, kinds) | our_patterns(used, paths)
