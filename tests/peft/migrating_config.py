@@ -13,13 +13,14 @@ from migrating import alike, own, three
 from pairs import QV, bytes_of, config, logits, quiet, relative, same, tiny_gpt2
 from test_parts import SHORT, bert, says
 from tiny import tiny_llama
+from torch import nn
 
 from sideroad import Adapter, AdapterConfig, LoraMethod, attach, errors
 from sideroad import peft as door
 
 
 def m01_rank(folder: Path) -> None:
-    ours, theirs, handle = alike({"r": 3}, {"method": LoraMethod(rank=3, alpha=8)})
+    ours, theirs, _ = alike({"r": 3}, {"method": LoraMethod(rank=3, alpha=8)})
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     with pytest.raises(errors.TargetError, match="rank 33 "):
         door.get_peft_model(tiny_llama(), config(r=33))
@@ -127,7 +128,7 @@ def m14_starts(folder: Path) -> None:
         ]
         for part in ("A", "B"):
             spreads = [
-                torch.cat([p.detach().flatten() for n, p in one.items() if f"lora_{part}" in n or n.endswith(f".{part}")])
+                torch.cat([p.detach().flatten() for n, p in one.items() if n.endswith(f".{part}") or f"_{part}." in n])
                 for one in drawn
             ]
             assert all(math.isclose(one.std(), spreads[0].std(), rel_tol=0.05) for one in spreads[1:]), theirs_word
@@ -182,16 +183,24 @@ def m19_frozen(folder: Path) -> None:
 
 def m20_base(folder: Path) -> None:
     said = {"base_model_name_or_path": "org/base", "revision": "v1"}
-    ours, theirs, _ = three(said)
-    for name, model in (("ours", ours), ("theirs", theirs)):
-        with quiet():
-            model.save_pretrained(folder / name)
-    for name in ("ours", "theirs"):
-        read = peft.LoraConfig.from_pretrained(folder / name)
-        assert {field: getattr(read, field) for field in said} == said
-        base = Adapter.load(folder / name).base
+    for wanted in ({}, said):
+        ours, theirs, _ = three(wanted, make=lambda: named("org/model"))
+        for name, model in (("ours", ours), ("theirs", theirs)):
+            with quiet():
+                model.save_pretrained(folder / name)
+        read = {name: peft.LoraConfig.from_pretrained(folder / name) for name in ("ours", "theirs")}
+        assert read["theirs"].base_model_name_or_path == "org/model"
+        assert read["ours"].base_model_name_or_path == ("org/base" if wanted else "org/model")
+        assert read["ours"].revision == read["theirs"].revision == wanted.get("revision")
+        base = Adapter.load(folder / "ours").base
         assert base is not None
-        assert base.name == "org/base"
+        assert base.name == read["ours"].base_model_name_or_path
+
+
+def named(name: str) -> nn.Module:
+    model = tiny_llama()
+    model.name_or_path = name
+    return model
 
 
 def m21_slip(folder: Path) -> None:

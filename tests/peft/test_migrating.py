@@ -8,14 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
-pytest.register_assert_rewrite("migrating", "migrating_config", "migrating_files", "migrating_model", "migrating_train")
-
 import migrating_config
 import migrating_files
 import migrating_model
 import migrating_train
+import pytest
 
 from sideroad.errors import ConfigError
 from sideroad.peft import LoraConfig
