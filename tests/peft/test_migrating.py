@@ -12,6 +12,7 @@ import migrating_config
 import migrating_files
 import migrating_model
 import migrating_train
+import migrating_wrap
 import pytest
 
 from sideroad.errors import ConfigError
@@ -32,7 +33,7 @@ def checks(*modules: ModuleType) -> dict[str, Check]:
     }
 
 
-CHECKS = checks(migrating_config, migrating_model, migrating_files, migrating_train)
+CHECKS = checks(migrating_config, migrating_wrap, migrating_model, migrating_files, migrating_train)
 REFUSED = [name for name in ROWS if 25 <= int(name[1:]) <= 49]
 
 
