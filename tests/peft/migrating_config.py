@@ -159,6 +159,18 @@ def m17_tokens(folder: Path) -> None:
         )  # fmt: skip
 
 
+def m41_tied(folder: Path) -> None:
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    mine: dict[str, Any] = {"targets": ("q_proj", "embed_tokens"), "tie_embeddings": True}
+    ours, _, handle = alike(fields, mine, lambda: tiny_llama(tie_word_embeddings=True))
+    for plain in (ours.merge_and_unload(), handle.merge_and_unload()):
+        assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    with pytest.raises(errors.TargetError, match="ensure_weight_tying"):
+        door.get_peft_model(tiny_llama(), config(**fields))
+    with quiet():
+        peft.get_peft_model(tiny_llama(), peft.LoraConfig(**fields))
+
+
 def m18_task(folder: Path) -> None:
     fields: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["query"], "task_type": "SEQ_CLS"}
     ours = door.get_peft_model(bert()(), door.LoraConfig(**fields))

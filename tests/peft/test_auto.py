@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import config, fill, logits, quiet
+from pairs import config, fill, logits, quiet, relative
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -71,3 +71,17 @@ def test_a_larger_tokenizer_beside_the_adapter_makes_the_base_larger(tmp_path: P
     with quiet():
         loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert loaded.get_input_embeddings().weight.shape[0] == 261
+
+
+def test_an_adapter_that_says_its_vocabulary_counts_more_than_the_tokenizer_beside_it(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    base.resize_token_embeddings(264, mean_resizing=False)
+    model = get_peft_model(base, config())
+    fill(model)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert relative(logits(loaded), logits(model)) <= 1e-6

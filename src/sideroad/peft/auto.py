@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sideroad.adapter_files import MANIFEST
 from sideroad.base.adapters import adapter_directory
 from sideroad.base.auto_classes import auto_class
 from sideroad.errors import AdapterError
+from sideroad.files import read_json
 from sideroad.peft.config import LoraConfig, PeftConfig
 from sideroad.peft.model import PeftModel
 from sideroad.peft.tasks import (
@@ -20,6 +22,7 @@ from sideroad.peft.tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from sideroad.vocabulary import RECIPE
 
 
 class AutoPeftModel:
@@ -128,6 +131,9 @@ def _named_class(config: LoraConfig) -> Any:
 
 
 def _grow(model: Any, directory: Path) -> None:
+    manifest = read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
+    if RECIPE in manifest:
+        return  # the adapter says itself how large the vocabulary is
     if (directory / "tokenizer_config.json").exists() and hasattr(model, "get_input_embeddings"):
         count = len(auto_class("AutoTokenizer").from_pretrained(directory))
         if count > model.get_input_embeddings().weight.shape[0]:
