@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import peft
 import pytest
 import torch
 from migrating import agree, alike, own, three, trained, trained_by_peft, two
 from pairs import QV, both, config, fill, logits, quiet, relative
-from tiny import tiny_llama
+from tiny import IDS, tiny_llama
 from torch import nn
 
 from sideroad import Adapter, attach, attached, errors
@@ -70,18 +71,23 @@ def m54_trainable(folder: Path) -> None:
 
 
 def m55_hub(folder: Path) -> None:
-    for load in (
-        lambda: door.PeftModel.from_pretrained(tiny_llama(), "org/name"),
-        lambda: Adapter.load("org/name"),
-        lambda: door.LoraConfig.from_pretrained("org/name"),
-    ):
-        with pytest.raises(errors.AdapterError, match="hf download"):
-            load()
+    made = three()[0]
+    made.save_pretrained(folder)
+    with mock.patch("huggingface_hub.snapshot_download", return_value=str(folder)) as fetched:
+        ours = door.PeftModel.from_pretrained(tiny_llama(), "org/name", revision="v1")
+        assert door.LoraConfig.from_pretrained("org/name").r == made.peft_config["default"].r
+    assert torch.equal(ours.eval()(IDS).logits, made.eval()(IDS).logits)
+    assert fetched.call_args_list[0].kwargs["revision"] == "v1"
+    assert not any(".bin" in pattern for pattern in fetched.call_args.kwargs["allow_patterns"])
+    with pytest.raises(errors.AdapterError, match="hf download"):
+        Adapter.load("org/name")
 
 
 def m56_options_of_the_base(folder: Path) -> None:
     three()[0].save_pretrained(folder)
-    for name in ("device_map", "torch_dtype", "revision", "token"):
+    with pytest.raises(errors.AdapterError, match="is a local directory and has none"):
+        door.PeftModel.from_pretrained(tiny_llama(), folder, revision="main")
+    for name in ("device_map", "torch_dtype"):
         with pytest.raises(TypeError, match=name):
             door.PeftModel.from_pretrained(tiny_llama(), folder, **{name: "auto"})
 
