@@ -420,6 +420,20 @@ def test_28_generate_with_keywords_and_positions() -> None:
     assert torch.equal(logits(ours, None, inputs_embeds=embedded), logits(ours))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_28_and_29_generation_in_half_precision_and_a_finite_forward_under_autocast(dtype: torch.dtype) -> None:
+    model = wrapped(lambda: tiny_llama().to(dtype))
+    with quiet():
+        made = model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert made.shape == (1, 14)
+    assert torch.equal(made[:, 10], logits(model)[:, -1].argmax(-1))
+    ours, theirs = both()
+    with torch.autocast("cpu", dtype):
+        mine, other = logits(ours), logits(theirs)
+    assert bool(mine.isfinite().all())
+    assert relative(mine, other) <= 8 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("method", ["add_weighted_adapter", "hotswap_adapter", "push_to_hub"])
 def test_what_is_not_there_is_refused_by_its_name(method: str) -> None:
     with pytest.raises(ConfigError, match=f"{method} is not supported"):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from pairs import config, fill, logits, quiet, relative, wrapped
+from test_parts import mixed
 from tiny import tiny_llama
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from sideroad.errors import AdapterError, MergeError
-from sideroad.peft import LoraConfig, PeftModel, get_peft_model
+from sideroad.peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 IDS = torch.arange(40).reshape(4, 10) * 3
 NAMES = ["b", "__base__", "default", "b"]
@@ -47,10 +49,6 @@ def test_24_each_row_equals_its_adapter_alone() -> None:
 
 
 def test_24_the_same_as_peft() -> None:
-    import peft
-
-    from sideroad.peft import get_peft_model_state_dict
-
     model = two()
     with quiet():
         theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -126,3 +124,30 @@ def test_scales_that_were_set_count_in_a_mixed_batch() -> None:
     model.set_scale("b", 0.0)
     mixed = logits(model, IDS, adapter_names=["b"] * 4)
     assert relative(mixed, logits(tiny_llama(), IDS)) <= 1e-6
+
+
+def test_25_rows_of_embeddings_and_convolutions_and_of_targets_that_do_not_overlap() -> None:
+    model = get_peft_model(mixed(), LoraConfig(r=2, target_modules=["emb"]))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["conv"]))
+    fill(model, size=0.5)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3], [7, 8, 9]])
+    found = logits(model, ids, adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        assert relative(found[row], alone(model, name, ids[row : row + 1])[0]) <= 1e-5, name
+    assert relative(found, logits(model, ids)) > 1e-3
+    with quiet():
+        theirs = peft.get_peft_model(mixed(), peft.LoraConfig(r=2, target_modules=["emb"]))
+        theirs.add_adapter("b", peft.LoraConfig(r=2, target_modules=["conv"]))
+        for name in ("default", "b"):
+            peft.set_peft_model_state_dict(theirs, get_peft_model_state_dict(model, adapter_name=name), name)
+    assert relative(found, logits(theirs.eval(), ids, adapter_names=NAMES)) <= 1e-5
+
+
+def test_26_rows_of_attention_are_refused_as_by_peft_and_nothing_is_left() -> None:
+    model = get_peft_model(mixed(), LoraConfig(r=2, target_modules=["attn"]))
+    fill(model, size=0.5)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    before = logits(model, ids)
+    with pytest.raises(AdapterError, match="MultiheadAttention.*Run one adapter at a time"):
+        logits(model, ids, adapter_names=["default", "__base__"])
+    assert torch.equal(logits(model, ids), before)
