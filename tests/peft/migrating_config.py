@@ -112,6 +112,8 @@ def m13_biases(folder: Path) -> None:
         ours.add_adapter("b", config(**fields))
         with pytest.raises(ValueError, match="bias"), quiet():
             theirs.add_adapter("b", peft.LoraConfig(**fields))
+        with pytest.raises(errors.TargetError, match="bias"):
+            door.get_peft_model(tiny_llama(), config(bias=theirs_word))
 
 
 def m14_starts(folder: Path) -> None:

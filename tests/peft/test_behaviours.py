@@ -66,6 +66,7 @@ Paths are below `tests/`. "later" names the feature that brings a behaviour.
     37 requires_grad: peft/test_model.py::test_37_trainable_follows_the_choice_and_nothing_else
       peft/test_saving.py::test_37_and_d18_loading_changes_no_other_adapters_gradients
     38 status: peft/test_model.py::test_38_the_state_of_every_layer_equals_pefts
+      peft/test_model.py::test_38_the_state_of_the_model_equals_pefts
       peft/test_parts.py::test_38_status_names_them_as_peft_does
     39 scales: peft/test_model.py::test_39_scaling_is_set_multiplied_and_put_back
     40 modules_to_save: peft/test_parts.py::test_40_and_41_the_same_as_peft_in_memory_and_in_files

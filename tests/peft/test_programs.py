@@ -58,8 +58,10 @@ def compare(name: str, folder: Path) -> None:
         ours = run(name, folder / "ours", ours=True)
     assert ours.keys() == theirs.keys()
     for key, values in theirs.items():
-        assert ours[key] == pytest.approx(values, rel=2e-4, abs=1e-4), key
-    assert ours["losses"][-1] != ours["losses"][0]
+        left, right = torch.tensor(ours[key]), torch.tensor(values)
+        assert left.shape == right.shape, key
+        assert float((left - right).abs().max()) <= 1e-4 * float(right.abs().max()), key
+    assert abs(ours["losses"][-1] - ours["losses"][0]) > 1e-2
 
 
 @pytest.mark.parametrize("name", FAST)

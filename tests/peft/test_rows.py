@@ -148,6 +148,6 @@ def test_26_rows_of_attention_are_refused_as_by_peft_and_nothing_is_left() -> No
     fill(model, size=0.5)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     before = logits(model, ids)
-    with pytest.raises(AdapterError, match="MultiheadAttention.*Run one adapter at a time"):
+    with pytest.raises(AdapterError, match=r"MultiheadAttention.*Run one adapter at a time"):
         logits(model, ids, adapter_names=["default", "__base__"])
     assert torch.equal(logits(model, ids), before)

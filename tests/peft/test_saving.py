@@ -195,6 +195,9 @@ def test_15_a_gathered_state_dict_is_what_is_saved(tmp_path: Path) -> None:
     del gathered[next(name for name in gathered if name.endswith("lora.default.B"))]
     with pytest.raises(AdapterError, match=r"lora.default.B is missing in the state dict"):
         model.save_pretrained(tmp_path, state_dict=gathered)
+    filtered = {name: one for name, one in model.named_parameters() if "lora_" in name}
+    with pytest.raises(AdapterError, match=r"none of the 8 tensors.*must filter by \"\.lora\.\""):
+        model.save_pretrained(tmp_path, state_dict=filtered)
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other").exists()
 

@@ -138,6 +138,11 @@ def gathered(handle: Attached, name: str, state_dict: Mapping[str, Tensor], pref
                     there.setdefault(path, {})[leaf] = state_dict[key].detach()
                 else:
                     missing.append(f"{key} is missing in the state dict")
+    if missing and not (found.weights or found.modules):
+        missing = [
+            f'none of the {len(missing)} tensors of adapter "{name}" is in the state dict ({missing[0]}). A program '
+            f'that filters names by "lora_" must filter by ".{CHILD}." here'
+        ]
     raise_findings(AdapterError, f'adapter "{name}" is not whole in this state dict', missing)
     return found
 
