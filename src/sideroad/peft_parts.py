@@ -25,7 +25,7 @@ def peft_path(path: str, kinds: Mapping[str, str]) -> str:
 def output_patterns(
     patterns: Mapping[str, Any], default: Any, paths: Iterable[str], kinds: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return PEFT's value for every output projection as exact patterns: its attention's, whatever its own name is."""
+    """Return PEFT's value for every output projection as exact patterns: its attention's, whatever its own name."""
     outputs = [path for path in paths if kinds.get(path) == OUTPUT] if patterns else []
     return {f"re:{re.escape(path)}": their_value(patterns, peft_path(path, kinds), default) for path in outputs}
 

@@ -9,9 +9,10 @@ import torch
 from tiny import fill
 from torch import Tensor, nn
 
+from sideroad.adapter import Adapter
 from sideroad.attaching import Attached, attach
 from sideroad.config import AdapterConfig, LoraMethod
-from sideroad.errors import TargetError
+from sideroad.errors import MergeError, TargetError
 from sideroad.kinds import kind_of
 
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -77,6 +78,20 @@ def test_shapes_are_peft_s_without_groups_and_a_pair_for_each_group_with_them() 
     assert [tuple(one.shape) for one in handle.parameters("default").values()] == [(4, 2, 3, 3), (6, 2, 1, 1)]
     assert handle.adapter("default").ranks == {"0": 2}
     assert handle.adapter("default").scale("0") == 1.5
+
+
+@pytest.mark.parametrize("each", [2, 4], ids=["today's", "old"])
+def test_peft_s_pair_on_groups_sees_all_inputs_acts_and_does_not_merge(each: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1)), torch.randn(2, 4, 7, 7)
+    base = model(x)
+    A, B = torch.randn(4, 4, 3, 3), torch.randn(6, each, 1, 1)
+    config = AdapterConfig(targets="0", method=LoraMethod(rank=4, alpha=12))
+    handle = attach(model, Adapter(config, {"0": {"A": A, "B": B}}))
+    low = nn.functional.conv2d(x, A, stride=2, padding=1)
+    torch.testing.assert_close(model(x), base + 3.0 * nn.functional.conv2d(low, B, groups=4 // each))
+    with pytest.raises(MergeError, match=r"on a Conv2d with groups=2 is of PEFT's form, which reaches across"):
+        handle.merge()
 
 
 def test_start_is_peft_s_and_the_model_stays_the_base() -> None:
