@@ -36,6 +36,7 @@ def attach(
     *,
     seed: int | None = None,
     trainable: bool | None = None,
+    any_rank: bool = False,
 ) -> Attached:
     """Put an adapter on a model, new (from a configuration) or with weights (a value). The base is frozen.
 
@@ -49,6 +50,7 @@ def attach(
         name: any non-empty text that no attached adapter has.
         seed: of a new adapter's tensors, which then do not depend on device or order; None draws one from torch.
         trainable: whether its parameters require gradients; by default a new adapter's do, a loaded one's do not.
+        any_rank: let a new adapter's ranks be larger than a layer, which costs memory and gives nothing.
     Returns:
         The model's one handle; a second call returns the same.
     Raises:
@@ -68,7 +70,7 @@ def attach(
         placed = _place(handle, adapter_or_config, name)
         description = replace(adapter_or_config, weights={}, modules={})
     else:
-        placed = _start(handle.survey(fresh=True), adapter_or_config, seed)
+        placed = _start(handle.survey(fresh=True), adapter_or_config, seed, any_rank)
         description = Adapter(config=adapter_or_config, weights={}, base=None, task_type=_task_type(model))
     own = {path: kind.name for path in placed.targets if (kind := handle.survey().kinds[path]).name}
     description = replace(description, kinds={**description.kinds, **own})
@@ -111,9 +113,9 @@ def _place(handle: Attached, value: Adapter, name: str) -> Placed:
     return fit(handle.survey(fresh=True), value, name)
 
 
-def _start(survey: Survey, config: AdapterConfig, seed: int | None) -> Placed:
+def _start(survey: Survey, config: AdapterConfig, seed: int | None, any_rank: bool) -> Placed:
     """Resolve a configuration and draw the tensors of a new adapter, in model order."""
-    targets = resolve(survey, config)
+    targets = resolve(survey, config, any_rank=any_rank)
     biased, rows, whole = set(survey.biases(config, targets)), survey.rows(config, []), survey.whole(config, [])
     raise_findings(TargetError, "tying", tying_findings(survey, config, [*targets, *rows, *whole]))
     chosen = draw_seed() if seed is None else seed

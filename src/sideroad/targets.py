@@ -61,13 +61,14 @@ def alpha_of(config: AdapterConfig, path: str) -> float:
     return first_match(config.alpha_pattern, path, config.method.alpha)
 
 
-def resolve(model: nn.Module | Survey, config: AdapterConfig) -> dict[str, Target]:
+def resolve(model: nn.Module | Survey, config: AdapterConfig, *, any_rank: bool = False) -> dict[str, Target]:
     """Find the layers that a configuration adapts, by module path, in the model's order. Works on meta models.
 
     A module that hangs in the model under several paths is listed once, under its first.
 
     Args:
         model: or what was read of it already.
+        any_rank: let ranks be larger than a layer, which costs memory and gives nothing.
     Raises:
         TargetError: everything wrong at once: patterns that match nothing, named modules that cannot be adapted,
             blocks that do not exist, ranks larger than a layer, no bias where biases are to be trained.
@@ -85,6 +86,7 @@ def resolve(model: nn.Module | Survey, config: AdapterConfig) -> dict[str, Targe
         findings.append(f"no layer of {survey.model_name} is left to adapt after exclude and layers. {survey.found()}")
     if targets:
         findings += _check_numbers(survey, config, targets)
+        findings += [] if any_rank else oversized(survey, targets)
         findings += _check_biases(survey, config, targets)
     raise_findings(TargetError, f"targets of {survey.model_name}", findings)
     return targets
@@ -154,7 +156,7 @@ def _check_slices(survey: Survey, config: AdapterConfig, chosen: Iterable[str]) 
 
 
 def _check_numbers(survey: Survey, config: AdapterConfig, targets: Mapping[str, Target]) -> list[str]:
-    """Findings about patterns that no target uses, and about ranks larger than a layer."""
+    """Findings about patterns that no target uses, and about attentions whose projections differ."""
     findings: list[str] = []
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
@@ -168,6 +170,12 @@ def _check_numbers(survey: Survey, config: AdapterConfig, targets: Mapping[str, 
     kinds = {path: survey.kinds[path].name for path in targets}
     ranks, alphas = ({path: getattr(one, what) for path, one in targets.items()} for what in ("rank", "alpha"))
     findings += [f"{finding}." for finding in attention_findings(ranks, alphas, kinds)]
+    return findings
+
+
+def oversized(survey: Survey, targets: Mapping[str, Target]) -> list[str]:
+    """Return a finding for each kind of layer that gets a larger rank than it can have."""
+    findings: list[str] = []
     large = [target for target in targets.values() if target.rank > target.largest_rank]
     groups = Counter(
         (target.path.rpartition(".")[2], target.rank, target.out_features, target.in_features, target.largest_rank)

@@ -22,8 +22,11 @@ from sideroad import peft as door
 def m01_rank(folder: Path) -> None:
     ours, theirs, _ = alike({"r": 3}, {"method": LoraMethod(rank=3, alpha=8)})
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-    with pytest.raises(errors.TargetError, match="rank 33 "):
+    with pytest.warns(UserWarning, match="rank 33 is larger than q_proj"):
         door.get_peft_model(tiny_llama(), config(r=33))
+    with pytest.raises(errors.TargetError, match="rank 33 "):
+        attach(tiny_llama(), AdapterConfig(targets="q_proj", method=LoraMethod(rank=33)))
+    assert attach(tiny_llama(), AdapterConfig(targets="q_proj", method=LoraMethod(rank=33)), any_rank=True)
 
 
 def m02_alpha(folder: Path) -> None:

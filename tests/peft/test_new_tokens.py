@@ -116,3 +116,18 @@ def test_tied_weights_move_together(fields: dict[str, Any], tmp_path: Path) -> N
 def test_nothing_to_tie_is_an_error(place: Path) -> None:
     with pytest.raises(TargetError, match="ensure_weight_tying"):
         get_peft_model(load(place, None), LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
+
+
+def test_a_pair_on_a_grown_embedding_is_refused_before_it_is_trained(place: Path) -> None:
+    with pytest.raises(TargetError, match=r"lm_head is a target and has grown from 259 to 263 rows"):
+        get_peft_model(load(place), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    assert get_peft_model(load(place, None), LoraConfig(target_modules=["q_proj", "lm_head"]))
+
+
+def test_a_vocabulary_is_resized_before_it_is_trained(place: Path) -> None:
+    model = get_peft_model(load(place, None), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    with pytest.raises(TargetError, match=r"under adapters that train the embedding or head \(default\)"):
+        model.resize_token_embeddings(300)
+    model = get_peft_model(load(place, None), LoraConfig(target_modules=["q_proj"]))
+    model.resize_token_embeddings(300, mean_resizing=False)
+    assert model(input_ids=torch.tensor([[299]])).logits.shape[-1] == 300

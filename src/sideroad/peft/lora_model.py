@@ -13,11 +13,14 @@ from typing import Any, NoReturn
 from torch import nn
 
 from sideroad.attaching import attach, attached
-from sideroad.errors import AdapterError, ConfigError, MergeError, did_you_mean
+from sideroad.errors import AdapterError, MergeError, did_you_mean
 from sideroad.handle import Attached
 from sideroad.peft.config import LoraConfig
+from sideroad.peft.new_layers import check_new
+from sideroad.peft.refused import refuse
 from sideroad.peft.stored import Stored
 from sideroad.peft.targeting import adapter_config, placed_config, refuse_foreign, settle
+from sideroad.survey import Survey
 
 
 class LoraModel(nn.Module):
@@ -115,13 +118,15 @@ class LoraModel(nn.Module):
         first = not self.peft_config
         if isinstance(what, Stored):
             config = copy(what.config)
-            value = replace(what.value, config=placed_config(what.value, self.model, autocast=autocast))
+            value = replace(what.value, config=placed_config(what.value, self._survey(), autocast=autocast))
             attach(self.model, value, name, trainable=bool(trainable))
         else:
             refuse_foreign(what)
             config = settle(what, self.model)
             wanted = (first and not config.inference_mode) if trainable is None else trainable
-            attach(self.model, adapter_config(config, self.model, autocast=autocast), name, trainable=wanted)
+            settled = adapter_config(config, self.model, autocast=autocast)
+            check_new(self.model, settled)
+            attach(self.model, settled, name, trainable=wanted, any_rank=True)
         self.peft_config[name] = config
         if first:
             self._chosen = [name]
@@ -281,10 +286,7 @@ class LoraModel(nn.Module):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: combining adapters is not here yet."""
-        raise ConfigError(
-            "add_weighted_adapter is not supported yet: it comes with sideroad's composition of adapters. Several "
-            'adapters act as their sum with set_adapter(["a", "b"]); set_scale(name, factor) weighs them.'
-        )
+        refuse("add_weighted_adapter")
 
     def known(self, names: str | Sequence[str]) -> list[str]:
         """Return names as a list.
@@ -315,6 +317,10 @@ class LoraModel(nn.Module):
                 handle.merge(self.weighed(merged))
             raise
 
+    def _survey(self) -> Survey:
+        handle = attached(self.model)
+        return Survey(self.model) if handle is None else handle.survey()
+
     def weighed(self, names: Sequence[str]) -> dict[str, float]:
         """Return the factor of each of these adapters, as `set_scale` left it."""
         return {name: self._factors.get(name, 1.0) for name in names}
@@ -341,10 +347,3 @@ def refuse_wrapped(model: nn.Module) -> None:
             f"this {type(model).__name__} has adapters already ({shown}); a second wrapper would share them. Use "
             "add_adapter or load_adapter of the PeftModel there is, or its unload() or merge_and_unload() first."
         )
-
-
-def tuner_of(model: nn.Module) -> LoraModel | None:
-    """Return the LoraModel of a PeftModel (compiled or not), or a LoraModel itself; None for other models."""
-    model = model._modules.get("_orig_mod") or model
-    inner = model if isinstance(model, LoraModel) else model._modules.get("base_model")
-    return inner if isinstance(inner, LoraModel) else None

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from sideroad.attaching import attached
 from sideroad.base.adapters import adapter_directory
 from sideroad.errors import AdapterError, ConfigError
 from sideroad.peft.card import update_card
@@ -19,6 +20,8 @@ from sideroad.peft.config import LoraConfig
 from sideroad.peft.files import make_room, read_stored, refuse_options, value_of, warn_of_unsaved, write_adapter
 from sideroad.peft.kinds import PeftType
 from sideroad.peft.lora_model import LoraModel
+from sideroad.peft.new_layers import refuse_resizing
+from sideroad.peft.refused import refuse
 from sideroad.peft.reported import Reported
 from sideroad.peft.rows import copies_in, rows, rows_in
 from sideroad.peft.status import (
@@ -329,16 +332,16 @@ class PeftModel(Reported, nn.Module):
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: nothing here uploads."""
-        raise ConfigError(
-            "push_to_hub is not supported: save_pretrained(directory), then upload it (hf upload NAME directory)."
-        )
+        refuse("push_to_hub")
 
     def hotswap_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: swapping without recompiling is not here yet."""
-        raise ConfigError(
-            "hotswap_adapter is not supported yet: it comes with serving. load_adapter onto an existing name "
-            "overwrites its tensors in place where they have the same shapes."
-        )
+        refuse("hotswap_adapter")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resize the base's vocabulary, unless an adapter trains the embedding or head: resize before wrapping then."""
+        refuse_resizing(attached(self.get_base_model()))
+        return self.get_base_model().resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
 
     def _without_hook(self, base: nn.Module) -> nn.Module:
         if self._feeds_gradients:

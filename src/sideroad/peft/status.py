@@ -14,7 +14,7 @@ from sideroad.methods import parameters_of
 from sideroad.methods.lora import BiasDelta
 from sideroad.methods.replaced import Replaced
 from sideroad.methods.rows import RowsDelta
-from sideroad.peft.lora_model import tuner_of
+from sideroad.peft.unwrapping import tuner_of
 from sideroad.route import find_delta
 
 TOKENS = "TrainableTokensLayer"

@@ -286,8 +286,7 @@ def refuse_foreign(config: object) -> None:
         )
 
 
-def placed_config(value: Adapter, model: nn.Module, *, autocast: bool) -> AdapterConfig:
+def placed_config(value: Adapter, survey: Survey, *, autocast: bool) -> AdapterConfig:
     """Return a finished adapter's configuration with the type that its tensors get on this model."""
-    modules = dict(model.named_modules())
-    layers = [modules[path] for path in value.weights if path in modules]
+    layers = [survey.modules[path] for path in value.weights if path in survey.modules]
     return value.config.model_copy(update={"dtype": _dtype(layers, autocast)})

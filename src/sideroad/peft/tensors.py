@@ -13,7 +13,7 @@ from sideroad.errors import AdapterError, ConfigError, raise_findings
 from sideroad.handle import Attached
 from sideroad.methods import parts_of
 from sideroad.methods.replaced import Replaced
-from sideroad.peft.lora_model import tuner_of
+from sideroad.peft.unwrapping import tuner_of
 from sideroad.peft_keys import ROOT, from_tensors, to_tensors
 from sideroad.route import CHILD, deltas_of, escape, find_delta
 
