@@ -171,6 +171,8 @@ def test_a_copy_has_no_adapters_though_the_module_has_some_inside(first: str) ->
                        targets="head.deep" if name == "pair" else ())  # fmt: skip
     assert list(model.head.lora.whole.copy.state_dict()) == ["deep.weight", "deep.bias"]
     assert list(handle.parameters("whole")) == ["head.deep.weight", "head.deep.bias"]
+    with pytest.raises(AdapterError, match=r'"whole" replaces head .* and "pair" changes head.deep'):
+        handle.activate(["pair", "whole"])
     outs = {}
     for name in ("pair", "whole"):
         with handle.using(name):
