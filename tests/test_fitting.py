@@ -13,6 +13,7 @@ from sideroad.adapter import Adapter, BaseRecord
 from sideroad.attaching import attach, attached
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
+from sideroad.peft_keys import PEFT_CONVOLUTION
 
 Q0, Q1 = (f"model.layers.{block}.self_attn.q_proj" for block in (0, 1))
 
@@ -112,3 +113,24 @@ def test_the_value_is_not_aliased() -> None:
     with torch.no_grad():
         handle.parameters("default")[f"{Q0}.A"].zero_()
     assert one.weights[Q0]["A"].any()
+
+
+def test_a_pair_made_for_another_kind_of_layer() -> None:
+    square = attach(nn.Sequential(nn.Embedding(9, 9)), AdapterConfig(targets="0")).adapter("default")
+    text = refused(square, nn.Sequential(nn.Linear(9, 9)))
+    assert "0: has a pair that was made for an embedding, but this Linear is not one" in text
+    linear = attach(nn.Sequential(nn.Linear(9, 9)), AdapterConfig(targets="0")).adapter("default")
+    text = refused(linear, nn.Sequential(nn.Embedding(9, 9)))
+    assert "0: has a pair that was made for another kind of layer, but this Embedding is an embedding" in text
+
+
+@pytest.mark.parametrize("geometry", [{"dilation": 2}, {"padding_mode": "reflect", "padding": 1}], ids=str)
+def test_peft_s_pair_on_a_convolution_whose_geometry_it_does_not_know(geometry: dict[str, object]) -> None:
+    made = attach(nn.Sequential(nn.Conv1d(9, 9, 3)), AdapterConfig(targets="0")).adapter("default")
+    theirs = replace(made, kinds={"0": PEFT_CONVOLUTION})
+    text = refused(theirs, nn.Sequential(nn.Conv1d(9, 9, 3, **geometry)))  # type: ignore[arg-type]
+    assert "0: has a pair of PEFT, which trains A without dilation and padding mode; this Conv1d has them" in text
+    handle = attach(nn.Sequential(nn.Conv1d(9, 9, 3, **geometry)), made)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="trains A without dilation and padding mode"):
+        handle.load("default", theirs)
+    attach(nn.Sequential(nn.Conv1d(9, 9, 3, stride=2, padding=1)), theirs)
