@@ -76,11 +76,12 @@ def live_copy(owner: nn.Module, live: Mapping[str, float]) -> nn.Module | None:
 def changed_view(owner: nn.Module) -> nn.Module:
     """Return a shallow copy of a module whose weights hold the live deltas; the module itself where none is live."""
     parameters = _changed_weights(owner)
-    children = {
-        name: _view(child, changed)
-        for name, child in owner._modules.items()
-        if child is not None and not isinstance(child, Deltas) and (changed := _changed_weights(child))
-    }
+    children = {}
+    # a loop: torch.compile breaks its graph at a comprehension that names what it finds
+    for name, child in owner._modules.items():
+        changed = {} if child is None or isinstance(child, Deltas) else _changed_weights(child)
+        if child is not None and changed:
+            children[name] = _view(child, changed)
     return _view(owner, parameters, children) if parameters or children else owner
 
 
