@@ -175,3 +175,30 @@ def test_batches_that_cannot_be_split_before_a_module_are_refused() -> None:
         assert model["attention"](x, x, x)[0].shape == (2, 8)
     with handle.rows(["b", None]), pytest.raises(AdapterError, match="adapter of an attention projection"):
         model["attention"](x, x, x)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["projections", "whole"])
+def test_a_forward_taken_over_compiles_and_switches(whole: bool) -> None:
+    """Copies compile to one graph; the view of an attention breaks it."""
+    modules = ("attention", "head") if whole else ()
+    config = AdapterConfig(targets=() if whole else ("attention", "out_proj"), modules_to_save=modules, method=RANK)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = model_of().values()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.attention(x, x, x)[0])
+            return out
+
+    model = Model()
+    handle = attach(model, config)
+    fill(handle)
+    compiled = torch.compile(model, backend="eager", fullgraph=whole)
+    outs = []
+    for active in ("default", ()):
+        handle.activate(active)
+        outs.append(model(X))
+        torch.testing.assert_close(compiled(X), outs[-1])
+    assert not torch.allclose(*outs)

@@ -189,6 +189,17 @@ def test_a_copy_has_no_adapters_though_the_module_has_some_inside(first: str) ->
     assert torch.equal(model(X), base)
 
 
+def test_a_copy_beside_a_pair_on_the_same_layer() -> None:
+    model = Model()
+    handle = whole(model, name="pair", targets="head")
+    whole(model, "head", name="whole")
+    handle.activate("whole")
+    weight, bias = handle.parameters("whole").values()
+    assert torch.equal(model(X), nn.functional.linear(model.norm(model.inner(X)), weight, bias))
+    handle.detach("pair")
+    assert torch.equal(model(X), nn.functional.linear(model.norm(model.inner(X)), weight, bias))
+
+
 def test_attention_trained_whole_while_another_adapts_its_projections() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}).eval()
     x = torch.randn(3, 2, 8)
