@@ -97,3 +97,11 @@ def bytes_of(model: nn.Module) -> dict[str, Tensor]:
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Whether two state dicts hold the same names and the same bits."""
     return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def two(**fields: Any) -> door.PeftModel:
+    """A model with adapters "default" (active) and "b", both with values."""
+    model = wrapped(**fields)
+    model.add_adapter("b", config(target_modules=["k_proj", "q_proj"], r=2))
+    fill(model, seed=1)
+    return model

@@ -56,19 +56,19 @@ Paths are below `tests/`. "later" names the feature that brings a behaviour.
       later: quantised bases
     34 LoRA+: peft/test_training.py::test_34_lora_plus_has_pefts_groups
       later: LoRA-FA
-    35 disabling: peft/test_model.py::test_35_disabled_gives_the_base_nested_and_after_an_exception
-      peft/test_model.py::test_35_disabled_gives_the_base_while_merged_and_d8_changes_nothing
-      peft/test_model.py::test_35_what_is_chosen_inside_a_disabled_block_acts_after_it
-      peft/test_model.py::test_35_switching_off_stays_until_it_is_switched_on
+    35 disabling: peft/test_states.py::test_35_disabled_gives_the_base_nested_and_after_an_exception
+      peft/test_states.py::test_35_disabled_gives_the_base_while_merged_and_d8_changes_nothing
+      peft/test_states.py::test_35_what_is_chosen_inside_a_disabled_block_acts_after_it
+      peft/test_states.py::test_35_switching_off_stays_until_it_is_switched_on
       peft/migrating_config.py::m13_biases
-    36 deleting: peft/test_model.py::test_36_delete_active_inactive_unknown_and_merged
-      peft/test_model.py::test_36_the_last_one_can_go_and_another_come
-    37 requires_grad: peft/test_model.py::test_37_trainable_follows_the_choice_and_nothing_else
+    36 deleting: peft/test_states.py::test_36_delete_active_inactive_unknown_and_merged
+      peft/test_states.py::test_36_the_last_one_can_go_and_another_come
+    37 requires_grad: peft/test_states.py::test_37_trainable_follows_the_choice_and_nothing_else
       peft/test_saving.py::test_37_and_d18_loading_changes_no_other_adapters_gradients
-    38 status: peft/test_model.py::test_38_the_state_of_every_layer_equals_pefts
-      peft/test_model.py::test_38_the_state_of_the_model_equals_pefts
+    38 status: peft/test_states.py::test_38_the_state_of_every_layer_equals_pefts
+      peft/test_states.py::test_38_the_state_of_the_model_equals_pefts
       peft/test_parts.py::test_38_status_names_them_as_peft_does
-    39 scales: peft/test_model.py::test_39_scaling_is_set_multiplied_and_put_back
+    39 scales: peft/test_states.py::test_39_scaling_is_set_multiplied_and_put_back
     40 modules_to_save: peft/test_parts.py::test_40_and_41_the_same_as_peft_in_memory_and_in_files
       peft/test_parts.py::test_40_switching_between_adapters_with_whole_modules
       methods/test_replaced.py::test_weights_and_company_that_a_copy_cannot_have_are_refused
@@ -78,7 +78,7 @@ Paths are below `tests/`. "later" names the feature that brings a behaviour.
     42 tied weights: peft/test_new_tokens.py::test_tied_weights_move_together
       test_tying.py::test_pefts_files_give_the_same_logits_and_gradients
       test_tying.py::test_without_the_option_only_the_named_one_is_trained
-    43 weighted combinations: peft/test_model.py::test_several_adapters_act_as_their_sum_like_pefts
+    43 weighted combinations: peft/test_states.py::test_several_adapters_act_as_their_sum_like_pefts
       later: composition
     44 patterns: peft/test_targeting.py::test_6_and_44_the_same_modules_and_ranks_as_pefts
       peft/test_targeting.py::test_44_without_targets_the_same_modules_as_pefts_table
