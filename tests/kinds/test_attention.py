@@ -299,15 +299,3 @@ def test_dropout_is_refused_with_the_way_out() -> None:
     with pytest.raises(AdapterError, match=r"cannot have the adapter's dropout of 0.1"):
         handle.load("default", louder)
     assert all(torch.equal(one, before[name]) for name, one in handle.parameters("default").items())
-
-
-def test_the_projection_has_no_branch() -> None:
-    attention = nn.MultiheadAttention(WIDTH, HEADS)
-    x = torch.randn(3, WIDTH)
-    for call in (
-        lambda: InProjection().dropped(x, 0.1),
-        lambda: OutProjection().add(attention.out_proj, x, x, x, x, 1.0),
-        lambda: OutProjection().spread_bias(attention.out_proj, x),
-    ):
-        with pytest.raises(AdapterError, match=r"no branch of its own: .* Call the attention, not its projection"):
-            call()

@@ -33,7 +33,7 @@ class Linear:
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         """Return (out, in)."""
-        rows, columns = self.oriented(layer.get_parameter("weight")).shape
+        rows, columns = self.oriented(layer.get_parameter(self.weight)).shape
         return rows, columns
 
     def oriented(self, weight: Tensor) -> Tensor:
