@@ -164,15 +164,15 @@ def test_batches_that_cannot_be_split_before_a_module_are_refused() -> None:
             out: Tensor = self.inner(x)
             return out * scale
 
-    model = nn.ModuleDict({"two": Two(), "attention": nn.MultiheadAttention(8, 2)})
+    model = nn.ModuleDict({"two": Two(), "attention": nn.MultiheadAttention(8, 2, batch_first=True)})
     handle = attach(model, AdapterConfig(targets=(), modules_to_save=("two",), method=RANK), "a")
     attach(model, AdapterConfig(targets="out_proj", method=RANK), "b")
-    x = torch.randn(2, 8)
+    x = torch.randn(2, 3, 8)
     with handle.rows(["a", None]):
-        assert model["two"](x).shape == (2, 8)
+        assert model["two"](x).shape == (2, 3, 8)
         with pytest.raises(AdapterError, match="a mixed batch cannot be split before Two: only modules trained whole"):
             model["two"](x, scale=2.0)
-        assert model["attention"](x, x, x)[0].shape == (2, 8)
+        assert model["attention"](x, x, x)[0].shape == (2, 3, 8)
     with handle.rows(["b", None]), pytest.raises(AdapterError, match="adapter of an attention projection"):
         model["attention"](x, x, x)
 

@@ -72,8 +72,6 @@ def attach(
     else:
         placed = _start(handle.survey(fresh=True), adapter_or_config, seed, any_rank)
         description = Adapter(config=adapter_or_config, weights={}, base=None, task_type=_task_type(model))
-    own = {path: kind.name for path in placed.targets if (kind := handle.survey().kinds[path]).name}
-    description = replace(description, kinds={**description.kinds, **own})
     wanted = not isinstance(adapter_or_config, Adapter) if trainable is None else trainable
     handle.put(name, description, placed, wanted)
     return handle

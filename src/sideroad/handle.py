@@ -16,11 +16,11 @@ from sideroad.fitting import compare_layouts, layout_of, refuse_occupied
 from sideroad.hold import let_go, take_hold
 from sideroad.interrupts import uninterrupted
 from sideroad.joining import Placed, join, make_deltas, part, state_of
-from sideroad.merging import Merged, base_instead, merge_into, restore
-from sideroad.methods import acting, parameters_of, tune_delta
+from sideroad.merging import Merged, base_instead, gather_parts, merge_into, restore
+from sideroad.methods import parameters_of, tune_delta
 from sideroad.roster import Entry, Roster
 from sideroad.route import Names, Route, by_key, escape, find_delta, unescape
-from sideroad.rows import Plan
+from sideroad.rows import Plan, refuse_sequence_first
 from sideroad.survey import Survey
 from sideroad.targets import named_exactly
 from sideroad.tying import held_state
@@ -97,7 +97,8 @@ class Attached:
         entry = self._roster.find(name)
         held = held_state(self.model, entry, name)
         config = named_exactly(self.survey(), entry.description.config, held.targets)
-        return replace(entry.description, config=config, weights=held.tensors, modules=held.modules)
+        kinds = {**entry.description.kinds, **self.survey().kind_names(held.targets)}
+        return replace(entry.description, config=config, weights=held.tensors, modules=held.modules, kinds=kinds)
 
     def load(self, name: str, value: Adapter) -> None:
         """Overwrite an attached adapter's tensors and settings in place; `requires_grad` stays as it is.
@@ -111,12 +112,12 @@ class Attached:
             raise MergeError(f'adapter "{name}" is merged; unmerge() before loading into it.')
         present = state_of(self.model, entry.paths, name)
         placed = compare_layouts(self.survey(), value, name, layout_of(present))
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             for path, parts in present.items():
-                for part, tensor in parts.items():
-                    tensor.copy_(placed[path][part])
+                for leaf, tensor in parts.items():
+                    tensor.copy_(placed[path][leaf])
                 tune_delta(find_delta(self.model, path, name), value.config, path, self.model.get_submodule(path))
-        self._roster.entries[name] = replace(entry, description=replace(value, weights={}, modules={}))
+            self._roster.entries[name] = replace(entry, description=replace(value, weights={}, modules={}))
 
     def set_trainable(self, names: str | Sequence[str]) -> None:
         """Make exactly these adapters require gradients; an empty sequence freezes them all."""
@@ -153,8 +154,9 @@ class Attached:
     def rows(self, names: Sequence[Names | None], copies: int = 1) -> Iterator[Attached]:
         """Compute each row of a batch with adapters of its own inside a `with` block; None means the base.
 
-        Row i of every adapted layer's input (dim 0) gets what is named for it, in training too. Rows are grouped by
-        choice, so the cost is that of the groups; a batch in which equal choices lie together is not even reordered.
+        Row i of every adapted layer's input gets what is named for it, in training too. Rows are told apart by dim 0
+        alone: it must be the batch, and a layer that sees something else of the same size (as many tokens as there are
+        rows, sent to an expert) cannot be noticed. Rows are grouped by choice; the cost is that of the groups.
         The latest choice counts: `using`, `disabled`, `activate` or another `rows` inside the block replace this one,
         for the whole batch, until they end.
 
@@ -168,6 +170,7 @@ class Attached:
             MergeError: adapters are merged.
         """
         self._refuse_merged("rows()")
+        refuse_sequence_first(self.survey().modules)
         plan = Plan([by_key(weights) for weights in self._roster.row_weights(names)], copies)
         with self._route.kept():
             self._route.switch_rows(plan)
@@ -272,7 +275,7 @@ class Attached:
                 self._flags = take_hold(self.model, self)
             try:
                 join(self.model, self._route, escape(name), deltas, trainable)
-            except AdapterError:
+            except BaseException:
                 part(self.model, escape(name), entry.places)
                 if not self._roster.entries:
                     let_go(self.model, self._flags)
@@ -317,15 +320,12 @@ class Attached:
         if not weights:
             listed = self._roster.listed()
             raise AdapterError(f"no adapter is active, so there is nothing to merge; name one of: {listed}.")
-        pairs: dict[str, list[tuple[nn.Module, float]]] = {}
-        for key, weight in weights.items():
-            for path in self._roster.entries[unescape(key)].places:
-                delta = find_delta(self.model, path, unescape(key))
-                pairs.setdefault(path, []).extend((one, weight) for one in acting(delta))
+        places = {unescape(key): self._roster.entries[unescape(key)].places for key in weights}
+        parts = gather_parts(self.model, places, {unescape(key): weight for key, weight in weights.items()})
         with uninterrupted():
-            kept, untied = merge_into(self.model, pairs, keep_base=keep_base)
-            self._merged = Merged(dict(weights), (self._route.active, self._route.live), kept, untied)
-            self._route.active = self._route.live = {}
+            kept, untied = merge_into(self.model, parts, keep_base=keep_base)
+            self._merged = Merged(dict(weights), self._route.live, kept, untied)
+            self._route.live = {}
 
     def _unmerge(self) -> None:
         merged = self._merged
@@ -333,7 +333,7 @@ class Attached:
             raise MergeError("the base was merged with keep_base=False: its weights are gone; load the base again.")
         with uninterrupted():
             restore(self.model, merged.kept, merged.untied)
-            self._route.active, self._route.live = merged.before
+            self._route.live = merged.before
             self._merged = None
 
     def _refuse_merged(self, what: str) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from sideroad.errors import MergeError
 from sideroad.interrupts import uninterrupted
 from sideroad.lowrank import LowRank
-from sideroad.methods import Delta
+from sideroad.methods import Delta, acting
 from sideroad.methods.replaced import Replaced
 from sideroad.methods.rows import RowsDelta, TiedRows
+from sideroad.route import find_delta
 from sideroad.ties import Untied, find_ties, retie, untie
 from sideroad.weights import read_dense, require_kind, weight_of
 
@@ -36,13 +37,28 @@ class Merged:
 
     weights: dict[str, float]
     """Adapter key → weight."""
-    before: tuple[dict[str, float], dict[str, float]]
-    """The route's `active` and `live` at the time."""
+    before: dict[str, float]
+    """The route's `live` at the time."""
     kept: Kept | None
     """The base's bytes; None where they were not kept."""
     untied: Untied
     aside: Kept | None = None
     """The merged bytes, while the base's are swapped in."""
+
+
+def gather_parts(model: nn.Module, places: Mapping[str, Sequence[str]], weights: Mapping[str, float]) -> Parts:
+    """Return what several adapters change, by module path.
+
+    Args:
+        places: adapter name → paths of the modules that it acts on.
+        weights: adapter name → weight.
+    """
+    parts: dict[str, list[tuple[nn.Module, float]]] = {}
+    for name, paths in places.items():
+        for path in paths:
+            found = acting(find_delta(model, path, name))
+            parts.setdefault(path, []).extend((delta, weights[name]) for delta in found)
+    return parts
 
 
 def merge_into(model: nn.Module, parts: Parts, *, keep_base: bool) -> tuple[Kept | None, Untied]:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from sideroad.errors import did_you_mean
+from sideroad.errors import AdapterError, did_you_mean
 
 ROOT = "base_model.model."
 EMBEDDING = "embedding"
@@ -19,7 +20,8 @@ PEFT_CONVOLUTION = "peft-convolution"
 """Kind of a path whose pair on a convolution PEFT has trained: its A knows neither dilation nor padding mode."""
 TWICE = 2
 """How often PEFT (measured up to 0.21.2) adds the change of such an output projection. In memory B holds what acts, so
-B is doubled on reading and halved on writing, which is exact; files mean the same here and there."""
+B is doubled on reading and halved on writing; files mean the same here and there. That is exact but for the smallest
+and largest numbers of fp16, which are refused."""
 BASE = "base"
 """Leaf that holds a whole weight which PEFT saved unasked: of an embedding or head, or of a layer beside its pair.
 Attaching compares it with the base: equal, it is dropped; different, it replaces the layer's or is refused."""
@@ -96,7 +98,7 @@ def to_tensors(
     """Name every tensor as PEFT's files do."""
     named = {
         module_key(path, leaf, adapted="A" in leaves, kind=kinds.get(path)): (
-            tensor / TWICE if (kinds.get(path), leaf) == (OUTPUT, "B") else tensor
+            _halved(path, tensor) if (kinds.get(path), leaf) == (OUTPUT, "B") else tensor
         )
         for path, leaves in weights.items()
         for leaf, tensor in leaves.items()
@@ -104,6 +106,16 @@ def to_tensors(
     }
     whole = {f"{ROOT}{path}.{name}": tensor for path, state in modules.items() for name, tensor in state.items()}
     return named | whole
+
+
+def _halved(path: str, B: Tensor) -> Tensor:
+    half = B / TWICE
+    if not torch.equal(half * TWICE, B):
+        raise AdapterError(
+            f"{path}.B has values too small to be halved in {str(B.dtype).removeprefix('torch.')}, as PEFT's files "
+            "hold an attention's output projection; store the adapter in float32."
+        )
+    return half
 
 
 def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> Sorted:

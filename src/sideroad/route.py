@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import enumerate as enumerate_threads
 from threading import get_ident
 from typing import Any, cast
 from urllib.parse import unquote
@@ -28,10 +29,8 @@ class Route:
     """
 
     def __init__(self) -> None:
-        self.active: dict[str, float] = {}
-        """What the user chose, by key."""
         self.live: dict[str, float] = {}
-        """What the hooks add to every row: `active`, or nothing while disabled, merged, or by rows."""
+        """What the hooks add to every row, by key; nothing while disabled, merged, or by rows."""
         self.plan: Plan | None = None
         """What the hooks add row by row; None outside `rows` blocks."""
         self.off = False
@@ -51,7 +50,7 @@ class Route:
             AdapterError: another thread has an open block.
         """
         self.refuse_strangers()
-        self.active = self.live = by_key(weights)
+        self.live = by_key(weights)
         self.plan, self.off = None, False
 
     def switch_rows(self, plan: Plan) -> None:
@@ -64,7 +63,7 @@ class Route:
             raise AdapterError(
                 "rows() inside a disabled() block: the one names adapters, the other asks for the base; leave one out."
             )
-        self.active, self.live, self.plan = {}, {}, plan
+        self.live, self.plan = {}, plan
 
     def silence(self) -> None:
         """Let none act, until the `kept` block around it is left or another choice is made."""
@@ -72,7 +71,6 @@ class Route:
 
     def drop(self, key: str) -> None:
         """Forget one adapter."""
-        self.active = {one: weight for one, weight in self.active.items() if one != key}
         self.live = {one: weight for one, weight in self.live.items() if one != key}
         self.plan = self.plan and self.plan.without(key)
 
@@ -83,20 +81,28 @@ class Route:
         Raises:
             AdapterError: another thread has an open block; if both restored what they found, one would win for good.
         """
+        self._forget_the_dead()
         # one dictionary operation, so that two threads cannot both find it empty
         self._holder.setdefault("thread", get_ident())
         self.refuse_strangers()
-        before = self.active, self.live, self.plan, self.off, self.depth
+        before = self.live, self.plan, self.off, self.depth
         try:
             self.depth += 1
             yield
         finally:
-            self.active, self.live, self.plan, self.off, self.depth = before
+            self.live, self.plan, self.off, self.depth = before
             if not self.depth:
                 self._holder.clear()
 
+    def _forget_the_dead(self) -> None:
+        """Let go of a block whose thread has ended without leaving it; what acted in it goes on acting."""
+        if self._holder and self._holder.get("thread") not in {thread.ident for thread in enumerate_threads()}:
+            self._holder.clear()
+            self.depth = 0
+
     def refuse_strangers(self) -> None:
         """Raise AdapterError if another thread than this one has an open block."""
+        self._forget_the_dead()
         if self._holder.get("thread", get_ident()) != get_ident():
             raise AdapterError(
                 "another thread is inside a using(), rows() or disabled() block of this model. Which adapters act is "

@@ -123,3 +123,20 @@ class Plan:
             "copies=k where generate() repeats each row k times (num_beams, num_return_sequences). A layer that sees "
             "rows in another form (flattened tokens, a position table) cannot have an adapter in a mixed batch."
         )
+
+
+def refuse_sequence_first(modules: Mapping[str, nn.Module]) -> None:
+    """Raise AdapterError for models in which dim 0 is the sequence: rows would be taken for places in it.
+
+    Known by torch's own attention and recurrent layers, which say so (`batch_first=False`).
+
+    Args:
+        modules: of the model, by path.
+    """
+    kinds = (nn.MultiheadAttention, nn.RNNBase)
+    found = [path for path, one in modules.items() if isinstance(one, kinds) and not one.batch_first]
+    if found:
+        raise AdapterError(
+            f"rows() needs the batch in dim 0, but {found[0]} ({type(modules[found[0]]).__name__}) has the "
+            "sequence there. Build the model with batch_first=True, or run one adapter at a time with using()."
+        )

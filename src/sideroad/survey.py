@@ -9,7 +9,7 @@ from torch import nn
 
 from sideroad.config import AdapterConfig
 from sideroad.errors import did_you_mean
-from sideroad.kinds import ALLOWED, Kind, kind_of
+from sideroad.kinds import ALLOWED, Kind, keeps_its_promise, kind_of
 from sideroad.kinds.attention import OutProjection
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
 from sideroad.kinds.linear import Linear as LinearKind
@@ -45,7 +45,8 @@ class Survey:
         self.kinds: dict[str, Kind] = {
             path: kind
             for path, module in self.modules.items()
-            if path and self.canonical[path] == path and (kind := kind_of(module)) is not None
+            if path and self.canonical[path] == path
+            and (kind := kind_of(module)) is not None and keeps_its_promise(module)
         }
         """Canonical path of each layer that a pair can act on → its kind."""
         self.adaptable = {path: self.modules[path] for path in self.kinds}
@@ -171,6 +172,11 @@ class Survey:
             for path, module in self.modules.items()
             if path in wanted and self.canonical[path] == path and has_trainable_bias(module)
         )
+
+    def kind_names(self, paths: Iterable[str]) -> dict[str, str]:
+        """Return path → name of the kind, of those layers whose tensors have names of their own in files."""
+        kinds = {path: self.kinds[path].name for path in paths if path in self.kinds}
+        return {path: name for path, name in kinds.items() if name}
 
     def sharers(self, path: str) -> list[str]:
         """Return the other layers that hold the very weight of the layer at a path, in model order."""

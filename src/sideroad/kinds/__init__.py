@@ -17,8 +17,9 @@ from sideroad.kinds.convolution import Convolution
 from sideroad.kinds.embedding import Embedding
 from sideroad.kinds.kind import Kind
 from sideroad.kinds.linear import Linear, Transposed
+from sideroad.kinds.probe import keeps_its_promise
 
-__all__ = ["ALLOWED", "KINDS", "Kind", "kind_of"]
+__all__ = ["ALLOWED", "KINDS", "Kind", "keeps_its_promise", "kind_of"]
 
 KINDS: tuple[Kind, ...] = (Linear(), Transposed(), Embedding(), Convolution(), InProjection(), OutProjection())
 """Every kind; no layer is claimed by two."""

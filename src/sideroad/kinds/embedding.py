@@ -59,7 +59,9 @@ class Embedding:
         """Return y + factor · embed_scale · (rows x of Aᵀ) Bᵀ."""
         padding = layer.padding_idx if isinstance(layer, nn.Embedding) else None
         low = functional.embedding(x, A.to(y.dtype).t(), padding_idx=padding)
-        return add_product(y, low * embed_scale(layer, low), B, factor)
+        # a lookup stays in its own type under autocast, so its branch must too
+        with torch.autocast(y.device.type, enabled=False):
+            return add_product(y, low * embed_scale(layer, low), B, factor)
 
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Return the bias itself; an embedding has none, so nothing asks."""

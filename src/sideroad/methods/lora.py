@@ -95,7 +95,7 @@ class LoraDelta(nn.Module):
         return (self.kind.weight, "bias") if self.bias is not None else (self.kind.weight,)
 
     def lower(self, layer: nn.Module) -> LowRank:
-        """Return the change of the layer's weight, s folded into B, in fp32.
+        """Return the change of the layer's weight, s folded into B, in fp32 (fp64 where the factors are).
 
         Raises:
             MergeError: PEFT's pair on a grouped convolution, whose change no grouped weight can hold.
@@ -106,7 +106,8 @@ class LoraDelta(nn.Module):
                 "reaches across the groups: no weight of that layer can hold its change. Use it unmerged; pairs "
                 "trained here (one for each group) can be merged."
             )
-        A, B = self.A.detach().float(), self.B.detach().float() * self.scale
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        A, B = self.A.detach().to(wide), self.B.detach().to(wide) * self.scale
         return LowRank(*matrices(A, B, self.where, self.out_features))
 
     def extra_repr(self) -> str:
@@ -151,6 +152,6 @@ def add_bias_change(y: Tensor, bias: Tensor, layer: nn.Module, weight: float) ->
 
 def bias_change(bias: Tensor, layer: nn.Module, weight: float) -> Tensor:
     """Return weight · (bias - layer.bias), [out], in the wider dtype of both."""
-    base = layer.get_parameter("bias")
+    base = layer.get_parameter("bias").detach()
     wide = torch.promote_types(bias.dtype, base.dtype)
     return weight * (bias.to(wide) - base.to(wide))

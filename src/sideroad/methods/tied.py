@@ -51,6 +51,7 @@ class TiedPair(nn.Module):
         return ("weight",)
 
     def lower(self, layer: nn.Module) -> LowRank:
-        """Return the change of the head's weight, s folded into B, in fp32."""
-        A, B = (tensor.float() for tensor in self.pair().values())
+        """Return the change of the head's weight, s folded into B, in fp32 (fp64 where the factors are)."""
+        wide = torch.promote_types(self.source.A.dtype, torch.float32)
+        A, B = (tensor.to(wide) for tensor in self.pair().values())
         return LowRank(A, torch.mul(B, self.source.scale))

@@ -174,9 +174,8 @@ class LoraModel(nn.Module):
             self._chosen.remove(adapter_name)
             if not self._chosen and self.peft_config:
                 self._chosen = [next(iter(self.peft_config))]
-                warnings.warn(
-                    f'adapter "{adapter_name}" was active and is deleted; "{self._chosen[0]}" acts now.', stacklevel=3
-                )
+                text = f'adapter "{adapter_name}" was active and is deleted; "{self._chosen[0]}" acts now.'
+                warnings.warn(text, stacklevel=3)
         self._switch()
 
     @contextmanager
@@ -233,6 +232,8 @@ class LoraModel(nn.Module):
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the factors of the chosen adapters by `scale`; None puts them back to 1."""
+        if scale == 0:
+            raise AdapterError("unscale_layer(0) would divide by zero; leave scale out to put the factors back to 1.")
         for name in self._chosen:
             self.set_scale(name, 1.0 if scale is None else self._factors.get(name, 1.0) / scale)
 
@@ -247,8 +248,6 @@ class LoraModel(nn.Module):
             AdapterError: an unknown name.
             MergeError: a result that is not finite, a weight shared with another layer, or disabled adapters.
         """
-        if self._off:
-            raise MergeError("merge_adapter() while adapters are disabled; call enable_adapter_layers() first.")
         self._merge(adapter_names, keep_base=True)
 
     def unmerge_adapter(self) -> None:
@@ -264,7 +263,7 @@ class LoraModel(nn.Module):
     ) -> nn.Module:
         """Merge the chosen adapters (or those named), remove all of them for good, and return the plain model.
 
-        `progressbar` and `safe_merge` are without effect: nothing is printed, and every merge is a safe one.
+        `progressbar` and `safe_merge` are without effect.
 
         Raises:
             AdapterError, MergeError: as in `merge_adapter`.
@@ -304,6 +303,8 @@ class LoraModel(nn.Module):
         return list(dict.fromkeys(listed))
 
     def _merge(self, names: Sequence[str] | None, *, keep_base: bool) -> None:
+        if self._off:
+            raise MergeError("merging while adapters are disabled; call enable_adapter_layers() first, or unload().")
         handle, merged = self.handle, self.merged_adapters
         wanted = list(dict.fromkeys([*merged, *self.known(self._chosen if names is None else names)]))
         if set(wanted) == set(merged):

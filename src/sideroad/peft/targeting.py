@@ -68,7 +68,7 @@ def adapter_config(config: LoraConfig, model: nn.Module, *, autocast: bool) -> A
     fields = plain(vars(config))
     fields["exclude_modules"], fields["target_modules"] = _present(config, survey, fields)
     paths = _with_outputs(chosen_paths(config, survey, fields), survey)
-    return _at(our_targets(fields, paths, _kinds(survey, paths)), config, paths, model, autocast)
+    return _at(our_targets(fields, paths, survey.kind_names(paths)), config, paths, model, autocast)
 
 
 def adapter_config_at(config: LoraConfig, model: nn.Module, paths: list[str], *, autocast: bool) -> AdapterConfig:
@@ -82,7 +82,7 @@ def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) 
     Raises:
         TargetError: none are left, or some cannot be adapted.
     """
-    whole = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.modules_to_save or ()]
+    whole = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
     paths = [
         path
         for path in survey.modules
@@ -110,7 +110,7 @@ def _at(
     said: Mapping[str, Any], config: LoraConfig, paths: list[str], model: nn.Module, autocast: bool
 ) -> AdapterConfig:
     survey = Survey(model)
-    kinds = _kinds(survey, paths)
+    kinds = survey.kind_names(paths)
     values = {
         **said,
         "method": {
@@ -159,10 +159,6 @@ def _with_outputs(paths: list[str], survey: Survey) -> list[str]:
     """Add the output projection of every attention: PEFT adapts both under the attention's name."""
     outputs = {f"{path}.out_proj" for path in paths if isinstance(survey.modules[path], nn.MultiheadAttention)}
     return [path for path in survey.adaptable if path in {*paths, *outputs}]
-
-
-def _kinds(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
-    return {path: kind.name for path in paths if (kind := survey.kinds.get(path)) and kind.name}
 
 
 def _tokens(config: LoraConfig, model: nn.Module, survey: Survey) -> dict[str, list[int]]:

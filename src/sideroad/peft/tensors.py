@@ -57,8 +57,7 @@ def get_peft_model_state_dict(
     parts = live_parts(handle, adapter_name)
     if state_dict is not None:
         parts = gathered(handle, adapter_name, state_dict, prefix)
-    kinds = {path: kind.name for path in parts.weights if (kind := handle.survey().kinds.get(path)) and kind.name}
-    named = to_tensors(parts.weights, parts.modules, kinds)
+    named = to_tensors(parts.weights, parts.modules, handle.survey().kind_names(parts.weights))
     return named if prefix else {key.removeprefix(ROOT): tensor for key, tensor in named.items()}
 
 
