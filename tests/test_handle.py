@@ -7,11 +7,13 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from tiny import IDS, fill, tiny_llama
-from torch import Tensor
+from torch import Tensor, nn
 
 from sideroad.adapter import BaseRecord
 from sideroad.attaching import Attached, attach, attached
@@ -243,4 +245,47 @@ def test_a_copy_made_inside_a_block_is_not_inside_it() -> None:
             other.merge()
             other.unmerge()
             other.detach()
+    assert handle.active == {"a": 1.0}
+
+
+def test_a_join_that_fails_in_any_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    before, flags = list(model.state_dict()), [one.requires_grad for one in model.parameters()]
+    layer = model.model.layers[1].self_attn.q_proj
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr(layer, "register_forward_hook", broken)
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        attach(model, Q)
+    assert list(model.state_dict()) == before
+    assert [one.requires_grad for one in model.parameters()] == flags
+    assert attached(model) is None
+
+
+def test_load_keeps_what_the_model_says_about_kinds(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8)})
+    config = AdapterConfig(targets=("mha", "mha.out_proj"), method=LoraMethod(rank=2))
+    handle = attach(model, config)
+    value = handle.adapter("default")
+    handle.load("default", replace(value, kinds={}, config=config.model_copy(update={"dtype": "base"})))
+    again = handle.adapter("default")
+    assert again.kinds == {"mha.out_proj": "attention-output"}
+    assert again.config.dtype == "base"
+
+
+def test_a_thread_that_ended_inside_a_block_locks_nobody_out() -> None:
+    handle = three()
+
+    def leave_open() -> None:
+        handle.using("b").__enter__()
+
+    thread = Thread(target=leave_open)
+    thread.start()
+    thread.join()
+    handle.activate("a")
+    assert handle.active == {"a": 1.0}
+    with handle.using("b"):
+        assert handle.active == {"b": 1.0}
     assert handle.active == {"a": 1.0}

@@ -14,7 +14,7 @@ from tiny import IDS, fill, tiny_llama
 from torch import Tensor, nn
 
 from sideroad.attaching import Attached, attach, attached
-from sideroad.config import AdapterConfig
+from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError, MergeError
 
 
@@ -318,3 +318,26 @@ def test_an_error_in_the_middle_says_that_a_base_that_was_not_kept_is_lost(monke
     monkeypatch.setattr(merging, "write_parameters", failing)
     with pytest.raises(MergeError, match=r"half-way \(MemoryError\) and the base was not kept: load the model again"):
         handle.merge_and_unload()
+
+
+def test_biases_at_weights_that_do_not_add_up_to_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    config = AdapterConfig(targets="0", bias="adapted", method=LoraMethod(rank=2))
+    for name in ("a", "b"):
+        handle = attach(model, config, name)
+        fill(handle, name)
+    handle.activate({"a": 0.5, "b": 2.0})
+    x = torch.randn(5, 4)
+    apart = model(x)
+    handle.merge()
+    torch.testing.assert_close(model(x), apart)
+
+
+def test_a_base_in_64_bits_is_merged_in_64_bits() -> None:
+    model = nn.Sequential(nn.Linear(16, 16)).double().eval()
+    handle = attach(model, AdapterConfig(targets="0", dtype="base"))
+    fill(handle)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    apart = model(x)
+    handle.merge()
+    torch.testing.assert_close(model(x), apart, rtol=1e-13, atol=1e-14)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sideroad.errors import AdapterError
 from sideroad.peft_keys import from_tensors, module_key, path_order, to_tensors
 
 
@@ -111,3 +112,15 @@ def test_many_tensors_of_one_kind_make_one_finding() -> None:
 def test_paths_are_sorted_by_number() -> None:
     assert sorted(["l.10.a", "l.2.a", "l.x", "l.2"], key=path_order) == ["l.2", "l.2.a", "l.10.a", "l.x"]
     assert module_key("a", "A") == "base_model.model.a.lora_A.weight"
+
+
+def test_an_output_projection_is_halved_in_files_or_refused() -> None:
+    kinds, A = {"mha.out_proj": "attention-output"}, torch.ones(1, 4)
+    B = torch.tensor([[1.0], [3.0]])
+    named = to_tensors({"mha.out_proj": {"A": A, "B": B}}, {}, kinds)
+    key = "base_model.model.mha.base_layer.out_proj.lora_B.weight"
+    assert torch.equal(named[key], B / 2)
+    assert torch.equal(from_tensors(named).weights["mha.out_proj"]["B"], B)
+    tiny = torch.full((2, 1), 3 * 2.0**-24, dtype=torch.float16)
+    with pytest.raises(AdapterError, match=r"mha.out_proj.B has values too small to be halved in float16"):
+        to_tensors({"mha.out_proj": {"A": A.half(), "B": tiny}}, {}, kinds)

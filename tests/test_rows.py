@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sideroad.attaching import attach
+from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.rows import Plan, Segments
 
@@ -131,3 +133,15 @@ def test_a_plan_without_an_adapter_and_a_copied_plan() -> None:
     for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
         assert other.rows == plan.rows
         assert other.segments(LAYER, numbered(6), "ab").runs == (2, 2, 2)
+
+
+@pytest.mark.parametrize("layer", [nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)])
+def test_models_with_the_sequence_in_dim_0_are_refused(layer: nn.Module) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(8, 8), "odd": layer})
+    handle = attach(model, AdapterConfig(targets="up"))
+    words = r"needs the batch in dim 0, but odd \(.*batch_first=True"
+    with pytest.raises(AdapterError, match=words), handle.rows([None]):
+        pass
+    layer.batch_first = True  # type: ignore[assignment]
+    with handle.rows(["default", None]):
+        assert model["up"](torch.zeros(2, 8)).shape == (2, 8)

@@ -218,3 +218,12 @@ def test_a_tied_heads_own_pair_acts_beside_the_embeddings_rows(tmp_path: Path) -
     assert head.weight is model.model.embed_tokens.weight
     handle.detach()
     assert not [name for name in model.state_dict() if "lora" in name]
+
+
+def test_dropout_acts_on_the_heads_own_input() -> None:
+    source = LoraDelta(torch.ones(3, 11), torch.ones(6, 3), scale=1.0, dropout=0.5)
+    head, tied, x = nn.Linear(6, 11, bias=False), TiedPair(source), torch.ones(64, 6)
+    y = head(x)
+    assert len((tied(x, y, head, 1.0) - y).detach().unique(dim=0)) > 2
+    tied.eval()
+    assert len((tied(x, y, head, 1.0) - y).detach().round(decimals=3).unique(dim=0)) == 1

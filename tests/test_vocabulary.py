@@ -18,7 +18,7 @@ from sideroad.attaching import attach
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.tensor_files import read_tensors
-from sideroad.vocabulary import grow, settle_untrained, with_grown_rows
+from sideroad.vocabulary import grow, room_for, settle_untrained, with_grown_rows
 
 OLD, NEW = 259, 263
 IDS = torch.tensor([[1, 260, 5, 262, 261, 259]])
@@ -125,3 +125,29 @@ def test_training_on_does_not_train_rows_that_were_not(ids: tuple[int, ...]) -> 
     rows = {name: len(one) for name, one in handle.parameters("default").items() if name.endswith("rows")}
     assert rows == ({"model.embed_tokens.rows": 2} if ids else {})
     assert settle_untrained(again, handle.adapter("default")).same_weights(handle.adapter("default"))
+
+
+def test_new_rows_are_nothing_until_the_adapter_acts() -> None:
+    base = tiny_llama()
+    _, value = trained(base, embed_tokens=(260,))
+    grow(base, value)
+    assert not base.get_input_embeddings().weight[OLD:].any()
+    assert not base.get_output_embeddings().weight[OLD:].any()
+
+
+@pytest.mark.parametrize("trains_on", [True, False])
+def test_room_that_was_made_in_vain_goes(trains_on: bool) -> None:
+    base = tiny_llama()
+    _, value = trained(base)
+    before = {key: one.clone() for key, one in base.state_dict().items()}
+    with pytest.raises(RuntimeError, match="does not fit"), room_for(base, value, trains_on=trains_on):
+        raise RuntimeError("does not fit")
+    assert base.config.vocab_size == OLD
+    after = base.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    resized = grown(base)
+    before = {key: one.clone() for key, one in resized.state_dict().items()}
+    with pytest.raises(RuntimeError, match="does not fit"), room_for(resized, value, trains_on=trains_on):
+        raise RuntimeError("does not fit")
+    assert all(torch.equal(one, before[key]) for key, one in resized.state_dict().items())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +98,36 @@ def grow(model: nn.Module, value: Adapter) -> bool:
         for layer in vocabulary_layers(Survey(model), model).values():
             layer.get_parameter("weight")[start:] = 0
     return True
+
+
+@contextmanager
+def room_for(model: nn.Module, value: Adapter, *, trains_on: bool) -> Iterator[Adapter]:
+    """Make room for an adapter's vocabulary while it is attached inside the block; undone if that fails.
+
+    Args:
+        trains_on: new rows that were not trained go into the base (`settle_untrained`), or act with the others.
+    Yields:
+        What is to be attached.
+    """
+    recipe = value.manifest.get(RECIPE)
+    said = recipe.get("from") if isinstance(recipe, Mapping) else None
+    start = said if type(said) is int else None
+    before = {path: _rows_from(layer, start) for path, layer in vocabulary_layers(Survey(model), model).items()}
+    resized = grow(model, value)
+    try:
+        yield settle_untrained(model, value) if trains_on else value
+    except BaseException:
+        resize: Any = getattr(model, "resize_token_embeddings", None)
+        if resized:
+            resize(start, mean_resizing=False)
+        for path, rows in before.items() if not resized and start is not None else ():
+            with torch.no_grad():
+                model.get_submodule(path).get_parameter("weight")[start:] = rows
+        raise
+
+
+def _rows_from(layer: nn.Module, start: int | None) -> Tensor:
+    return torch.empty(0) if start is None else layer.get_parameter("weight").detach()[start:].clone()
 
 
 def settle_untrained(model: nn.Module, value: Adapter) -> Adapter:

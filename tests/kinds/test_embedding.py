@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fill
+from tiny import fill, tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -112,3 +112,22 @@ def test_all_linear_leaves_embeddings_alone() -> None:
     handle = attach(nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 5)), AdapterConfig(method=LoraMethod(rank=2)))
     assert handle.paths("default") == ("1",)
     assert not Embedding().linear
+
+
+def test_autocast_leaves_a_lookup_in_its_own_type() -> None:
+    """Step 0 under autocast is the base, bit for bit: nothing of it is computed in 16 bits."""
+    model = tiny_llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(IDS).logits
+        handle = attach(model, AdapterConfig(targets="embed_tokens"), seed=0)
+        assert torch.equal(model(IDS).logits, expected)
+        fill(handle)
+        looked_up = model.model.embed_tokens(IDS)
+    assert looked_up.dtype == torch.float32
+    assert torch.equal(looked_up, model.model.embed_tokens(IDS))
+
+
+def test_dropout_draws_for_every_token_of_every_row() -> None:
+    _, kept = Embedding().dropped(torch.zeros(64, 32, dtype=torch.long), 0.5)
+    assert isinstance(kept, Tensor)
+    assert len(kept.flatten(1).unique(dim=0)) > 32

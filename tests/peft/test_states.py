@@ -13,7 +13,7 @@ from pairs import both, bytes_of, config, fill, logits, quiet, relative, same, t
 from tiny import tiny_llama
 from torch import nn
 
-from sideroad.errors import AdapterError, MergeError
+from sideroad.errors import AdapterError, MergeError, TargetError
 from sideroad.peft import get_model_status, get_peft_model
 
 
@@ -217,3 +217,15 @@ def test_39_scaling_is_set_multiplied_and_put_back(rslora: bool) -> None:
     ours.merge_adapter()
     with pytest.raises(MergeError, match="unmerge_adapter"):
         ours.set_scale("default", 2)
+
+
+def test_odd_words_are_told() -> None:
+    model = two()
+    with pytest.raises(AdapterError, match=r"unscale_layer\(0\) would divide by zero"):
+        model.unscale_layer(0)
+    model.base_model.disable_adapter_layers()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match="merging while adapters are disabled"):
+            merge()
+    with pytest.raises(TargetError, match=r'"lm\[head" matches no module|lm\[head'):
+        get_peft_model(tiny_llama(), config(modules_to_save=["lm[head"]))

@@ -69,6 +69,8 @@ class Embedding:
 
 
 def embed_scale(layer: nn.Module, like: Tensor) -> float | Tensor:
-    """Return what an embedding's forward multiplies its rows by, in the dtype of `like`."""
+    """Return what an embedding's forward multiplies its rows by, in the dtype of `like`; torch's own by nothing."""
+    if type(layer).forward is nn.Embedding.forward:
+        return 1.0
     scale = getattr(layer, "embed_scale", 1.0)
     return scale.to(like) if isinstance(scale, Tensor) else float(scale)

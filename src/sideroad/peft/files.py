@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from sideroad.peft.stored import Stored
 from sideroad.peft.tensors import Parts
 from sideroad.peft_fields import init_of, sift
 from sideroad.peft_targets import our_targets
-from sideroad.vocabulary import grow, settle_untrained, with_grown_rows
+from sideroad.vocabulary import room_for, with_grown_rows
 
 
 def value_of(tuner: LoraModel, name: str, parts: Parts | None = None, *, new_rows: bool = True) -> Adapter:
@@ -94,14 +95,11 @@ def read_stored(directory: Path, config: LoraConfig | None = None) -> Stored:
     return Stored(LoraConfig.from_file(content, str(directory / CONFIG)), Adapter.load(directory))
 
 
-def make_room(model: nn.Module, stored: Stored, trains_on: bool) -> Stored:
-    """Resize a base as a stored adapter's recipe says (`sideroad.vocabulary`), if it has one.
-
-    Args:
-        trains_on: new rows that were not trained go into the resized base, so that they do not become parameters.
-    """
-    grow(model, stored.value)
-    return replace(stored, value=settle_untrained(model, stored.value)) if trains_on else stored
+@contextmanager
+def making_room(model: nn.Module, stored: Stored, trains_on: bool) -> Iterator[Stored]:
+    """Resize a base as a stored adapter's recipe says, while it is put on; undone if it does not fit."""
+    with room_for(model, stored.value, trains_on=trains_on) as value:
+        yield replace(stored, value=value)
 
 
 def _read_as(directory: Path, config: LoraConfig) -> Adapter:

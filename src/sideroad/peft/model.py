@@ -17,7 +17,7 @@ from sideroad.errors import AdapterError, ConfigError
 from sideroad.peft.card import update_card
 from sideroad.peft.checkpointing import feed_gradients, starve_gradients
 from sideroad.peft.config import LoraConfig
-from sideroad.peft.files import make_room, read_stored, refuse_options, value_of, warn_of_unsaved, write_adapter
+from sideroad.peft.files import making_room, read_stored, refuse_options, value_of, warn_of_unsaved, write_adapter
 from sideroad.peft.kinds import PeftType
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.new_layers import refuse_resizing
@@ -275,11 +275,10 @@ class PeftModel(Reported, nn.Module):
 
         refuse_options(ephemeral_gpu_offload, key_mapping)
         place = adapter_directory(model_id, subfolder=subfolder, revision=revision, token=token)
-        stored = read_stored(place, config)
-        stored = make_room(model, stored, is_trainable)
-        wrapped: Any = class_of(stored.config, cls)(
-            model, stored, adapter_name, autocast_adapter_dtype, trainable=is_trainable
-        )
+        found = read_stored(place, config)
+        kind: Any = class_of(found.config, cls)
+        with making_room(model, found, is_trainable) as stored:
+            wrapped = kind(model, stored, adapter_name, autocast_adapter_dtype, trainable=is_trainable)
         wrapped.peft_config[adapter_name].inference_mode = not is_trainable
         if not is_trainable:
             wrapped.eval()
@@ -310,13 +309,13 @@ class PeftModel(Reported, nn.Module):
         """
         refuse_options(ephemeral_gpu_offload, key_mapping)
         present = adapter_name in self.peft_config
-        stored = read_stored(adapter_directory(model_id, subfolder=subfolder, revision=revision, token=token))
-        stored = make_room(self.base_model.model, stored, is_trainable or present)
-        if present:
-            self.base_model.handle.load(adapter_name, stored.value)
-        else:
-            self.base_model.add(adapter_name, stored, autocast=autocast_adapter_dtype, trainable=is_trainable)
-            self.peft_config[adapter_name].inference_mode = not is_trainable
+        found = read_stored(adapter_directory(model_id, subfolder=subfolder, revision=revision, token=token))
+        with making_room(self.base_model.model, found, is_trainable or present) as stored:
+            if present:
+                self.base_model.handle.load(adapter_name, stored.value)
+            else:
+                self.base_model.add(adapter_name, stored, autocast=autocast_adapter_dtype, trainable=is_trainable)
+                self.peft_config[adapter_name].inference_mode = not is_trainable
         if not is_trainable:
             self.eval()
         return LoadResult([], [])
