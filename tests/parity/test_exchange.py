@@ -144,17 +144,24 @@ def check_gradients(one: Exchange) -> None:
             same(grad, wanted, 5 * one.close, found, least=1e-2 * largest)
         pairs.append((exact.get(found, wanted), grad, wanted))
     truth, ours, others = (torch.cat([one.flatten().float() for one in column]) for column in zip(*pairs, strict=True))
-    # roundings to bfloat16 differ by more than either is off
-    same(ours, truth, 0.1 + 2 * float(torch.dist(others, truth) / truth.norm()) if exact else one.close, "gradients")
+    # roundings to bfloat16 differ by more than either is off; in float32 both must be close to the truth
+    narrow, off = one.case["store"] == "bfloat16", float(torch.dist(others, truth) / truth.norm())
+    same(ours, truth, 0.15 + 3 * off if narrow else 5e-5 if exact else one.close, "gradients")
+    assert narrow or off <= (1e-4 if exact else one.close)
     one.model.zero_grad()
 
 
 def exact_gradients(one: Exchange, draw: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of a bfloat16 base's adapter, computed in float32; nothing for a float32 base."""
-    if one.case["store"] != "bfloat16":
+    """Return the gradients of a bfloat16 base's adapter, computed in float32, and of attention's, computed in float64.
+
+    PEFT adds an attention's changes to its weights one after the other, so its own gradients are some 1e-5 off.
+    """
+    narrow = one.case["store"] == "bfloat16"
+    if not narrow and one.case["model"] != "mha":
         return {}
-    handle = attach(one.base().float(), Adapter.load(one.directory), trainable=True)
-    (run({**one.case, "store": "float32"}, handle.model) * draw).sum().backward()
+    base = one.base().float() if narrow else one.base().double()
+    handle = attach(base, Adapter.load(one.directory), trainable=True)
+    (run({**one.case, "store": "float32" if narrow else "float64"}, handle.model) * draw).sum().backward()
     return {path: torch.zeros_like(p) if p.grad is None else p.grad for path, p in handle.parameters("default").items()}
 
 

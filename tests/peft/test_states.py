@@ -227,5 +227,5 @@ def test_odd_words_are_told() -> None:
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(MergeError, match="merging while adapters are disabled"):
             merge()
-    with pytest.raises(TargetError, match=r'"lm\[head" matches no module|lm\[head'):
+    with pytest.raises(TargetError, match="matches no module of LlamaForCausalLM"):
         get_peft_model(tiny_llama(), config(modules_to_save=["lm[head"]))

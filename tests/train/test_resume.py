@@ -206,7 +206,7 @@ def test_kills_at_any_moment_change_nothing(
     arguments = [str(tmp_path / "recipe.yaml"), str(tmp_path / "runs"), str(seed), str(kills)]
     command = [sys.executable, "-c", KILLING, *arguments]
     told = subprocess.run(command, check=True, timeout=600, stdout=subprocess.PIPE, text=True).stdout
-    runs = sorted((tmp_path / "runs").iterdir())
+    runs = sorted((tmp_path / "runs").iterdir(), key=lambda run: int(run.name))
     assert len(runs) == int(told.split()[-1])
     if not (runs[-1] / "result.json").exists():
         train(recipe, runs[-1], resume=True)
