@@ -341,3 +341,17 @@ def test_a_base_in_64_bits_is_merged_in_64_bits() -> None:
     apart = model(x)
     handle.merge()
     torch.testing.assert_close(model(x), apart, rtol=1e-13, atol=1e-14)
+
+
+def test_a_copy_made_while_the_base_is_put_in_place_has_nothing_merged() -> None:
+    handle = two()
+    base = {key: one.clone() for key, one in handle.model.state_dict().items() if ".lora." not in key}
+    handle.merge("a")
+    with handle.disabled():
+        twin = attached(copy.deepcopy(handle.model))
+    assert twin is not None
+    assert twin.merged_names == ()
+    state = twin.model.state_dict()
+    assert all(torch.equal(state[key], base[key]) for key in base)
+    twin.merge("a")
+    assert torch.equal(twin.model(IDS).logits, handle.model(IDS).logits)

@@ -124,3 +124,17 @@ def test_an_output_projection_is_halved_in_files_or_refused() -> None:
     tiny = torch.full((2, 1), 3 * 2.0**-24, dtype=torch.float16)
     with pytest.raises(AdapterError, match=r"mha.out_proj.B has values too small to be halved in float16"):
         to_tensors({"mha.out_proj": {"A": A.half(), "B": tiny}}, {}, kinds)
+
+
+def test_an_output_projection_named_twice_counts_once() -> None:
+    """PEFT's file for `target_modules=["mha", "out_proj"]`: the second pair never acts there."""
+    root, A, B = "base_model.model.mha.", torch.ones(1, 4), torch.ones(4, 1)
+    once = {f"{root}base_layer.out_proj.lora_A.weight": A, f"{root}base_layer.out_proj.lora_B.weight": B}
+    twice = {
+        f"{root}out_proj.lora_A.weight": A, f"{root}out_proj.lora_B.weight": B, f"{root}out_proj.base_layer.bias": B[0],
+        f"{root}out_proj.base_layer.weight": torch.ones(4, 4),
+    }  # fmt: skip
+    found = from_tensors({**once, **twice})
+    assert (found.findings, list(found.weights)) == ([], ["mha.out_proj"])
+    assert set(found.weights["mha.out_proj"]) == {"A", "B"}
+    assert from_tensors({key: twice[key] for key in list(twice)[:2]}).kinds == {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tiny import IDS, tiny_llama
 
 from sideroad.adapter import Adapter
+from sideroad.attaching import attach
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.roster import Entry, Roster
@@ -40,3 +42,23 @@ def test_every_way_of_naming_becomes_weights() -> None:
     assert two().weights(()) == {}
     with pytest.raises(AdapterError, match='weight of adapter "red" is inf; it must be a finite number'):
         two().weights({"red": float("inf")})
+
+
+def test_what_follows_a_replaced_embedding_is_replaced_too() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    attach(model, AdapterConfig(targets="lm_head"), "a")
+    both = AdapterConfig(targets="q_proj", modules_to_save=("embed_tokens",), tie_embeddings=True)
+    handle = attach(model, both, "b")
+    with pytest.raises(AdapterError, match=r'"b" replaces lm_head \(modules_to_save\), and "a" changes lm_head'):
+        handle.activate(("a", "b"))
+
+
+def test_an_adapter_inside_a_copied_module_cannot_share_a_batch_with_it() -> None:
+    model = tiny_llama()
+    attach(model, AdapterConfig(targets="q_proj", modules_to_save=("mlp",)), "a")
+    handle = attach(model, AdapterConfig(targets="up_proj"), "b")
+    words = r'"a" replaces .*mlp \(modules_to_save\), and "b" acts inside it'
+    with pytest.raises(AdapterError, match=words), handle.rows(["a", "b"]):
+        pass
+    with handle.rows(["a", None]):
+        model(IDS.expand(2, -1))

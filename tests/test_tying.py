@@ -227,3 +227,12 @@ def test_dropout_acts_on_the_heads_own_input() -> None:
     assert len((tied(x, y, head, 1.0) - y).detach().unique(dim=0)) > 2
     tied.eval()
     assert len((tied(x, y, head, 1.0) - y).detach().round(decimals=3).unique(dim=0)) == 1
+
+
+def test_a_head_whose_embedding_is_trained_whole_is_trained_with_it(tmp_path: Path) -> None:
+    both = AdapterConfig(targets=("lm_head", "q_proj"), modules_to_save=("embed_tokens",), tie_embeddings=True)
+    handle = attach(base(), both)
+    fill(handle)
+    handle.adapter("default").save(tmp_path / "a")
+    again = attach(base(), Adapter.load(tmp_path / "a"))
+    assert torch.equal(logits(again.model), logits(handle.model))

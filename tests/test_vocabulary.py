@@ -151,3 +151,16 @@ def test_room_that_was_made_in_vain_goes(trains_on: bool) -> None:
     with pytest.raises(RuntimeError, match="does not fit"), room_for(resized, value, trains_on=trains_on):
         raise RuntimeError("does not fit")
     assert all(torch.equal(one, before[key]) for key, one in resized.state_dict().items())
+
+
+def test_a_vocabulary_does_not_grow_under_adapters_of_its_layers() -> None:
+    base = tiny_llama()
+    _, value = trained(base)
+    for config in (AdapterConfig(targets="lm_head"), AdapterConfig(targets="q_proj", modules_to_save=("lm_head",))):
+        model = tiny_llama()
+        handle = attach(model, config, "a")
+        before = model(IDS.clamp(max=OLD - 1)).logits
+        with pytest.raises(AdapterError, match="needs a larger vocabulary, but a train the embedding or head"):
+            grow(model, value)
+        assert torch.equal(model(IDS.clamp(max=OLD - 1)).logits, before)
+        handle.detach()

@@ -23,7 +23,7 @@ from sideroad.route import Names, Route, by_key, escape, find_delta, unescape
 from sideroad.rows import Plan, refuse_sequence_first
 from sideroad.survey import Survey
 from sideroad.targets import named_exactly
-from sideroad.tying import held_state
+from sideroad.tying import held_state, on_cpu
 
 
 class Attached:
@@ -48,8 +48,9 @@ class Attached:
         self._survey: Survey | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy reads its own model."""
-        return {**self.__dict__, "_survey": None}
+        """A copy reads its own model; one made while merged weights are put aside has the base's, as nothing merged."""
+        aside = self._merged is not None and self._merged.aside is not None
+        return {**self.__dict__, "_survey": None, "_merged": None if aside else self._merged}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,10 +96,14 @@ class Attached:
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as a value: CPU copies of its tensors, its targets as the shortest list of names."""
         entry = self._roster.find(name)
-        held = held_state(self.model, entry, name)
+        held = on_cpu(self.state(name))
         config = named_exactly(self.survey(), entry.description.config, held.targets)
         kinds = {**entry.description.kinds, **self.survey().kind_names(held.targets)}
         return replace(entry.description, config=config, weights=held.tensors, modules=held.modules, kinds=kinds)
+
+    def state(self, name: str) -> Placed:
+        """Return an adapter's live tensors, detached, as its files hold them."""
+        return held_state(self.model, self._roster.find(name), name)
 
     def load(self, name: str, value: Adapter) -> None:
         """Overwrite an attached adapter's tensors and settings in place; `requires_grad` stays as it is.
@@ -267,7 +272,7 @@ class Attached:
             AdapterError: the name is empty or taken, or a layer has a `lora` of its own; nothing is changed then.
         """
         self.refuse_name(name)
-        entry = Entry(description, placed.targets, tuple(placed.tensors), tuple(placed.modules), tuple(placed.ties))
+        entry = Entry(description, placed.targets, tuple(placed.tensors), tuple(placed.modules), placed.ties)
         refuse_occupied({path: self.model.get_submodule(path) for path in entry.places}, self._route)
         deltas = make_deltas(self.model, description.config, placed)
         with uninterrupted():
@@ -307,9 +312,7 @@ class Attached:
     def _merge(self, names: Names | None, *, keep_base: bool) -> None:
         self._route.refuse_strangers()
         if self._route.plan is not None:
-            raise AdapterError(
-                "a merge holds for all rows, but rows() says what acts; leave its block, or activate() first."
-            )
+            raise AdapterError("a merge holds for all rows, but rows() says what acts; leave its block first.")
         weights = self._route.live if names is None else by_key(self._roster.weights(names))
         if self._merged is not None:
             if names is not None and weights != self._merged.weights:
@@ -343,6 +346,4 @@ class Attached:
 
     def _refuse_inside(self, what: str) -> None:
         if self._route.depth:
-            raise AdapterError(
-                f"{what} inside a using(), rows() or disabled() block; leave it first: it restores its start."
-            )
+            raise AdapterError(f"{what} inside a using(), rows() or disabled() block; leave it first.")

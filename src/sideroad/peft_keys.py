@@ -127,7 +127,7 @@ def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> 
     found = Sorted()
     refused: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
-        if any(mark in key for mark in _STRAYS):
+        if any(mark in key for mark in _STRAYS) or _counts_for_nothing(key, tensors):
             continue
         placed = _place(key, saved)
         if isinstance(placed, str):
@@ -158,6 +158,12 @@ def _part_order(part: str) -> tuple[int, int, str]:
     # by length, then by digits: int() refuses numbers of thousands of digits
     digits = part.lstrip("0")
     return 0, len(digits), digits
+
+
+def _counts_for_nothing(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether PEFT has written a tensor of an attention's output projection a second time, being told both names."""
+    owner, mark, _ = key.rpartition(".out_proj.")
+    return bool(mark) and not owner.endswith(".base_layer") and f"{owner}.base_layer.out_proj.lora_A.weight" in tensors
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sideroad.adapter import Adapter
 from sideroad.errors import AdapterError, did_you_mean, raise_findings
@@ -19,19 +19,24 @@ class Entry:
         targets: paths of the layers that have a pair.
         layers: paths of all layers that have tensors, those with a bias or rows alone included.
         modules: paths of modules trained whole.
-        ties: paths of layers that act with another layer's rows.
+        ties: path of a layer that follows another → path of that one.
     """
 
     description: Adapter
     targets: tuple[str, ...]
     layers: tuple[str, ...]
     modules: tuple[str, ...] = ()
-    ties: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Paths of everything that has tensors."""
         return (*self.layers, *self.modules)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Paths of the modules in whose place a copy acts, followers included."""
+        return (*self.modules, *(path for path, leader in self.ties.items() if leader in self.modules))
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -96,7 +101,7 @@ class Roster:
             for other in weights:
                 met = [
                     (path, place)
-                    for path in entry.modules
+                    for path in entry.replaced
                     for place in self.entries[other].places
                     if other != name and (place == path or place.startswith(f"{path}."))
                 ]
@@ -125,5 +130,23 @@ class Roster:
                 found.append({} if choice is None else self.weights(choice))
             except AdapterError as error:
                 wrong.setdefault(str(error), []).append(str(row))
-        raise_findings(AdapterError, "rows()", [f"row {', '.join(at)}: {text}" for text, at in wrong.items()])
+        findings = [f"row {', '.join(at)}: {text}" for text, at in wrong.items()] or self._inside(found)
+        raise_findings(AdapterError, "rows()", findings)
         return found
+
+    def _inside(self, rows: Sequence[Mapping[str, float]]) -> list[str]:
+        """Findings about adapters that act inside a module of which another one of the batch has a copy."""
+        names = dict.fromkeys(name for weights in rows for name in weights)
+        met = [
+            (name, path, other, place)
+            for name in names
+            for path in self.entries[name].replaced
+            for other in names
+            for place in self.entries[other].places
+            if place.startswith(f"{path}.")
+        ]
+        return [
+            f'"{name}" replaces {path} (modules_to_save), and "{other}" acts inside it ({place}); their rows cannot be '
+            "in one batch."
+            for name, path, other, place in met[:1]
+        ]

@@ -65,9 +65,9 @@ class Survey:
             else:
                 chosen |= self._matched(pattern, findings, config.allow_unmatched)
         chosen -= self.excluded(config, findings)
-        chosen -= self._inside_whole(config, chosen, findings)
         if config.tie_embeddings:
             chosen = {self.leader(path) for path in chosen}
+        chosen -= self._inside_whole(config, chosen, findings)
         blocks = self._blocks(config, findings)
         if blocks is not None:
             chosen &= blocks

@@ -87,6 +87,7 @@ def resolve(model: nn.Module | Survey, config: AdapterConfig, *, any_rank: bool 
     if targets:
         findings += _check_numbers(survey, config, targets)
         findings += [] if any_rank else oversized(survey, targets)
+    if targets or whole or rows:
         findings += _check_biases(survey, config, targets)
     raise_findings(TargetError, f"targets of {survey.model_name}", findings)
     return targets

@@ -95,7 +95,7 @@ def without_followers(survey: Survey, value: Adapter) -> Adapter:
 
 
 def held_state(model: nn.Module, entry: Entry, name: str) -> Placed:
-    """Return copies on the CPU of everything that an attached adapter holds, with what its followers hold in files."""
+    """Return the live tensors of an attached adapter, with what its followers hold in files."""
     weights = state_of(model, entry.layers, name)
     modules = state_of(model, entry.modules, name)
     for path in entry.ties:
@@ -104,9 +104,14 @@ def held_state(model: nn.Module, entry: Entry, name: str) -> Placed:
             weights[path] = delta.pair()
         elif isinstance(delta, Replaced):
             modules[path] = parts_of(delta)
+    return Placed(weights, modules)
+
+
+def on_cpu(held: Placed) -> Placed:
+    """Return copies on the CPU."""
     return Placed(
-        {path: _on_cpu(parts) for path, parts in weights.items()},
-        {path: _on_cpu(parts) for path, parts in modules.items()},
+        {path: _on_cpu(parts) for path, parts in held.tensors.items()},
+        {path: _on_cpu(parts) for path, parts in held.modules.items()},
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
+from sideroad.attaching import attached
 from sideroad.errors import AdapterError
 from sideroad.methods import ROWS, tokens_of
 from sideroad.patterns import matches, shortest_names
@@ -93,6 +94,7 @@ def grow(model: nn.Module, value: Adapter) -> bool:
             f"the adapter was made for a base of {start} token rows, grown to {end}; this {type(model).__name__} has "
             f"{have}. Load the base as it was published."
         )
+    _refuse_adapters(model)
     resize(end, mean_resizing=False)
     with torch.no_grad():
         for layer in vocabulary_layers(Survey(model), model).values():
@@ -112,7 +114,8 @@ def room_for(model: nn.Module, value: Adapter, *, trains_on: bool) -> Iterator[A
     recipe = value.manifest.get(RECIPE)
     said = recipe.get("from") if isinstance(recipe, Mapping) else None
     start = said if type(said) is int else None
-    before = {path: _rows_from(layer, start) for path, layer in vocabulary_layers(Survey(model), model).items()}
+    layers = {} if start is None else vocabulary_layers(Survey(model), model)
+    before = {path: _rows_from(layer, start) for path, layer in layers.items()}
     resized = grow(model, value)
     try:
         yield settle_untrained(model, value) if trains_on else value
@@ -166,6 +169,18 @@ def vocabulary_layers(survey: Survey, model: nn.Module) -> dict[str, nn.Module]:
     by_id = {id(module): path for path, module in reversed(survey.modules.items())}
     distinct = {id(layer.get_parameter("weight")): layer for layer in reversed(layers)}
     return {by_id[id(layer)]: layer for layer in reversed(distinct.values()) if id(layer) in by_id}
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Raise AdapterError where adapters sit on the embedding or head: resizing would take them off, layers and all."""
+    handle = attached(model)
+    layers = set() if handle is None else set(vocabulary_layers(handle.survey(), model))
+    names = [] if handle is None else [name for name in handle.names if layers & set(handle.paths(name))]
+    if names:
+        raise AdapterError(
+            f"the adapter needs a larger vocabulary, but {', '.join(names)} train the embedding or head of the present "
+            "one. Load it onto a base of its own, or load it first."
+        )
 
 
 def _ask(model: nn.Module, name: str) -> nn.Module | None:

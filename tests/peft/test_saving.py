@@ -20,6 +20,7 @@ from torch import nn
 from sideroad.errors import AdapterError, ConfigError, MergeError
 from sideroad.peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
     get_base_model_state_dict,
@@ -346,3 +347,56 @@ def test_options_of_starts_that_rewrite_the_base_are_refused(tmp_path: Path) -> 
     shutil.rmtree(tmp_path)
     with pytest.raises(AdapterError, match="there is no adapter at"):
         get_peft_model(tiny_llama(), LoraConfig(r=2)).load_adapter(tmp_path, "x")
+
+
+@pytest.mark.parametrize("name", [".", "..", "../x", "/tmp/evil", "\0"])
+def test_no_name_leads_out_of_the_directory(tmp_path: Path, name: str) -> None:
+    model = wrapped()
+    model.add_adapter(name, config(target_modules=["v_proj"]))
+    place = tmp_path / "inside" / "here"
+    model.save_pretrained(place)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["inside"]
+    assert sorted(entry.name for entry in (tmp_path / "inside").iterdir()) == ["here"]
+    assert PeftConfig.from_pretrained(place).target_modules != {"v_proj"}
+    other = next(entry for entry in place.iterdir() if entry.is_dir())
+    assert "v_proj" in PeftConfig.from_pretrained(other).target_modules
+
+
+def test_a_name_that_exists_is_read_from_its_own_subdirectory(tmp_path: Path) -> None:
+    """Trainer's load_best_model_at_end asks for the directory, whose root holds another adapter of the same shape."""
+    model = wrapped()
+    model.add_adapter("b", config())
+    fill(model, seed=3)
+    model.set_adapter("b")
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    fill(model, seed=4)
+    model.load_adapter(tmp_path, "b")
+    assert torch.equal(logits(model), expected)
+
+
+def test_odd_places_are_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dir" / "adapter_config.json").mkdir(parents=True)
+    for place in (tmp_path / "file" / "below", tmp_path / "loop", tmp_path / ("n" * 300), tmp_path / "dir"):
+        with pytest.raises(AdapterError):
+            wrapped().save_pretrained(place)
+
+
+def test_a_state_dict_with_nan_is_refused() -> None:
+    model = wrapped()
+    state = {key: one.clone() for key, one in get_peft_model_state_dict(model).items()}
+    next(iter(state.values()))[0] = torch.nan
+    with pytest.raises(AdapterError, match="has values that are NaN or infinite"):
+        set_peft_model_state_dict(model, state)
+
+
+def test_a_state_dict_of_tied_weights_is_pefts(tmp_path: Path) -> None:
+    made = get_peft_model(
+        tiny_llama(tie_word_embeddings=True),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    )
+    keys = set(get_peft_model_state_dict(made))
+    assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} < keys
+    set_peft_model_state_dict(made, get_peft_model_state_dict(made))

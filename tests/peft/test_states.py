@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from typing import Any
 
@@ -229,3 +230,39 @@ def test_odd_words_are_told() -> None:
             merge()
     with pytest.raises(TargetError, match="matches no module of LlamaForCausalLM"):
         get_peft_model(tiny_llama(), config(modules_to_save=["lm[head"]))
+
+
+def test_a_scale_that_cannot_act_is_not_kept() -> None:
+    model = wrapped(modules_to_save=["lm_head"])
+    with pytest.raises(AdapterError, match=r"give it weight 1"):
+        model.set_scale("default", 0.5)
+    with model.disable_adapter():
+        pass
+    model.set_adapter("default")
+    model.add_adapter("b", config())
+    model.merge_adapter()
+
+
+def test_a_copy_made_while_disabled_can_be_switched_on() -> None:
+    model = wrapped()
+    with model.disable_adapter():
+        twin = copy.deepcopy(model)
+        base = logits(model)
+    assert torch.equal(logits(twin), base)
+    twin.base_model.enable_adapter_layers()
+    assert torch.equal(logits(twin), logits(model))
+
+
+def test_the_name_of_the_base_is_no_adapters() -> None:
+    with pytest.raises(AdapterError, match=r'cannot be named "__base__": in adapter_names that means the base'):
+        wrapped().add_adapter("__base__", config())
+
+
+def test_a_choice_that_is_refused_leaves_a_merged_model_merged() -> None:
+    model = wrapped(modules_to_save=["lm_head"])
+    model.add_adapter("b", config(modules_to_save=["lm_head"]))
+    model.merge_adapter(["default"])
+    refused = pytest.raises(AdapterError, match="only one of them can act")
+    with pytest.warns(UserWarning, match="unmerged first"), refused:
+        model.set_adapter(["default", "b"])
+    assert model.base_model.merged_adapters == ["default"]

@@ -72,7 +72,14 @@ _HOMES = {name: f"{__name__}.{file}" for file, names in _FILES.items() for name 
 
 __all__ = sorted(_HOMES)
 
-__getattr__ = lazy(__name__, _HOMES)
+_load = lazy(__name__, _HOMES)
+
+
+def __getattr__(name: str) -> object:
+    from sideroad.peft.absent import refuse_name
+
+    refuse_name(name)
+    return _load(name)
 
 
 def __dir__() -> list[str]:

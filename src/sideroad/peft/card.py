@@ -11,8 +11,17 @@ import yaml
 from sideroad.adapter_files import CARD
 from sideroad.errors import AdapterError
 from sideroad.files import replace_file
+from sideroad.peft.config import LoraConfig
 
 FENCE = "---\n"
+
+
+def write_card(config: LoraConfig | None, directory: Path) -> None:
+    """Write the card of a model whose first adapter has this configuration; see `update_card`."""
+    base = config.base_model_name_or_path if config else None
+    tags = ["lora", "sideroad", *([f"base_model:adapter:{base}", "transformers"] if base else [])]
+    task = "text-generation" if config and config.task_type == "CAUSAL_LM" else None
+    update_card(directory, {"library_name": "peft", "base_model": base, "pipeline_tag": task}, tags)
 
 
 def update_card(directory: Path, fields: Mapping[str, Any], tags: list[str]) -> None:

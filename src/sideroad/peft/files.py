@@ -14,11 +14,11 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from sideroad.adapter import Adapter, BaseRecord
-from sideroad.adapter_files import CONFIG, INDEX, MANIFEST, find_weights, refuse_elsewhere
+from sideroad.adapter_files import CONFIG, INDEX, MANIFEST, directory_name, find_weights, refuse_elsewhere
 from sideroad.base.vocabulary import published_rows
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError, ConfigError
-from sideroad.files import json_text, read_json
+from sideroad.files import json_text, read_json, refuse_odd_path, shown_path
 from sideroad.peft.config import LoraConfig, written
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.stored import Stored
@@ -67,17 +67,30 @@ def write_adapter(value: Adapter, directory: Path) -> None:
     Raises:
         AdapterError: as in `Adapter.save`; what was there is then untouched.
     """
-    if directory.exists() and not directory.is_dir():
-        raise AdapterError(f"{directory} is a file; give a directory to save into.")
-    directory.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory, prefix=".adapter.", suffix=".tmp") as spare:
-        draft = Path(spare) / "adapter"
-        value.save(draft)
-        written = sorted((entry.name for entry in draft.iterdir()), key=lambda name: (name == CONFIG, name))
-        for stale in {MANIFEST, INDEX} - set(written):
-            (directory / stale).unlink(missing_ok=True)
-        for name in written:
-            os.replace(draft / name, directory / name)
+    refuse_odd_path(directory)
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise AdapterError(f"{directory} is a file; give a directory to save into.")
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=directory, prefix=".adapter.", suffix=".tmp") as spare:
+            draft = Path(spare) / "adapter"
+            value.save(draft)
+            written = sorted((entry.name for entry in draft.iterdir()), key=lambda name: (name == CONFIG, name))
+            for stale in {MANIFEST, INDEX} - set(written):
+                (directory / stale).unlink(missing_ok=True)
+            for name in written:
+                os.replace(draft / name, directory / name)
+    except OSError as problem:
+        raise AdapterError(
+            f"{shown_path(directory)} cannot be written: {problem.strerror or problem}. Check the path, its permissions and the "
+            "space on the disk."
+        ) from problem
+
+
+def own_place(directory: Path, name: str) -> Path:
+    """Return where a directory of several adapters holds the one of that name; else the directory itself."""
+    inner = directory / directory_name(name)
+    return inner if name != "default" and (inner / CONFIG).is_file() else directory
 
 
 def read_stored(directory: Path, config: LoraConfig | None = None) -> Stored:

@@ -17,10 +17,9 @@ from sideroad.errors import AdapterError, MergeError, did_you_mean
 from sideroad.handle import Attached
 from sideroad.peft.config import LoraConfig
 from sideroad.peft.new_layers import check_new
-from sideroad.peft.refused import refuse
+from sideroad.peft.refused import refuse, refuse_reserved, refuse_wrapped
 from sideroad.peft.stored import Stored
 from sideroad.peft.targeting import adapter_config, placed_config, refuse_foreign, settle
-from sideroad.survey import Survey
 
 
 class LoraModel(nn.Module):
@@ -57,6 +56,10 @@ class LoraModel(nn.Module):
         self._off = False
         self._blocks = 0
         self.add(adapter_name, peft_config, autocast=autocast_adapter_dtype, trainable=trainable)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made inside a `disabled` block is switched off until `enable_adapter_layers`; the block stays here."""
+        return {**self.__dict__, "_off": self._off or self._blocks > 0, "_blocks": 0}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base with the adapters that act."""
@@ -116,9 +119,10 @@ class LoraModel(nn.Module):
             ConfigError, TargetError: the configuration is wrong, or wrong for this model.
         """
         first = not self.peft_config
+        refuse_reserved(name)
         if isinstance(what, Stored):
             config = copy(what.config)
-            value = replace(what.value, config=placed_config(what.value, self._survey(), autocast=autocast))
+            value = replace(what.value, config=placed_config(what.value, self.model, autocast=autocast))
             attach(self.model, value, name, trainable=bool(trainable))
         else:
             refuse_foreign(what)
@@ -140,12 +144,17 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: an unknown name, or adapters that cannot act together; the choice is then unchanged.
         """
-        names = self.known(adapter_name)
-        if self.merged_adapters:
+        names, merged = self.known(adapter_name), self.merged_adapters
+        if merged:
             warnings.warn("set_adapter() on a merged model: it is unmerged first.", stacklevel=3)
             self.handle.unmerge()
-        with self.handle.using(self.weighed(names)):
-            pass  # adapters that cannot act together are refused before anything is changed
+        try:
+            with self.handle.using(self.weighed(names)):
+                pass  # adapters that cannot act together are refused before anything is changed
+        except AdapterError:
+            if merged:
+                self.handle.merge(self.weighed(merged))
+            raise
         self._chosen = names
         self._switch()
         self.handle.set_trainable(() if inference_mode else names)
@@ -222,7 +231,10 @@ class LoraModel(nn.Module):
             raise MergeError("set_scale() on merged adapters would change nothing; call unmerge_adapter() first.")
         if not math.isfinite(scale):
             raise AdapterError(f'the scale of adapter "{adapter_name}" is {scale}; it must be a finite number.')
-        self._factors[adapter_name] = float(scale)
+        factors = {**self._factors, adapter_name: float(scale)}
+        with self.handle.using({name: factors.get(name, 1.0) for name in [*self._chosen, adapter_name]}):
+            pass  # a factor that cannot act is refused before it is kept
+        self._factors = factors
         self._switch()
 
     def scale_layer(self, scale: float) -> None:
@@ -318,10 +330,6 @@ class LoraModel(nn.Module):
                 handle.merge(self.weighed(merged))
             raise
 
-    def _survey(self) -> Survey:
-        handle = attached(self.model)
-        return Survey(self.model) if handle is None else handle.survey()
-
     def weighed(self, names: Sequence[str]) -> dict[str, float]:
         """Return the factor of each of these adapters, as `set_scale` left it."""
         return {name: self._factors.get(name, 1.0) for name in names}
@@ -337,14 +345,3 @@ class LoraModel(nn.Module):
         self._factors.clear()
         self._chosen, self._off = [], False
         return self.model
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise AdapterError if a model has adapters already: two wrappers would both see the adapters of both."""
-    handle = attached(model) or next((found for one in model.modules() if (found := attached(one))), None)
-    if isinstance(model, LoraModel) or handle is not None:
-        shown = ", ".join(handle.names) if handle else "none left"
-        raise AdapterError(
-            f"this {type(model).__name__} has adapters already ({shown}); a second wrapper would share them. Use "
-            "add_adapter or load_adapter of the PeftModel there is, or its unload() or merge_and_unload() first."
-        )

@@ -11,26 +11,29 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from sideroad.adapter_files import directory_name
 from sideroad.attaching import attached
 from sideroad.base.adapters import adapter_directory
 from sideroad.errors import AdapterError, ConfigError
-from sideroad.peft.card import update_card
+from sideroad.peft import status
+from sideroad.peft.card import write_card
 from sideroad.peft.checkpointing import feed_gradients, starve_gradients
 from sideroad.peft.config import LoraConfig
-from sideroad.peft.files import making_room, read_stored, refuse_options, value_of, warn_of_unsaved, write_adapter
+from sideroad.peft.files import (
+    making_room,
+    own_place,
+    read_stored,
+    refuse_options,
+    value_of,
+    warn_of_unsaved,
+    write_adapter,
+)
 from sideroad.peft.kinds import PeftType
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.new_layers import refuse_resizing
 from sideroad.peft.refused import refuse
 from sideroad.peft.reported import Reported
 from sideroad.peft.rows import copies_in, rows, rows_in
-from sideroad.peft.status import (
-    TunerLayerStatus,
-    TunerModelStatus,
-    count_parameters,
-    get_layer_status,
-    get_model_status,
-)
 from sideroad.peft.stored import Stored
 from sideroad.peft.tensors import LoadResult, gathered, live_parts, refuse_embeddings
 from sideroad.peft_keys import ROOT
@@ -146,7 +149,7 @@ class PeftModel(Reported, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many values are trainable, and how many there are, shared ones once."""
-        return count_parameters(self)
+        return status.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print a line about the numbers of parameters: the one thing that this library prints, being asked to."""
@@ -156,13 +159,13 @@ class PeftModel(Reported, nn.Module):
             f"trainable%: {100 * trainable / max(total, 1):.4f}"
         )
 
-    def get_layer_status(self) -> list[TunerLayerStatus]:
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """Return the state of every adapted layer."""
-        return get_layer_status(self)
+        return status.get_layer_status(self)
 
-    def get_model_status(self) -> TunerModelStatus:
+    def get_model_status(self) -> status.TunerModelStatus:
         """Return the state of all adapters."""
-        return get_model_status(self)
+        return status.get_model_status(self)
 
     def add_adapter(
         self,
@@ -239,7 +242,7 @@ class PeftModel(Reported, nn.Module):
         warn_of_unsaved(self.base_model)
         for name in names if is_main_process else ():
             parts = None if state_dict is None else gathered(self.base_model.handle, name, state_dict, ROOT)
-            place = Path(save_directory) / ("" if name == "default" else name)
+            place = Path(save_directory) / ("" if name == "default" else directory_name(name))
             value = value_of(self.base_model, name, parts, new_rows=save_embedding_layers is not False)
             write_adapter(value, place)
         if is_main_process:
@@ -300,8 +303,8 @@ class PeftModel(Reported, nn.Module):
     ) -> LoadResult:
         """Load a saved adapter, which waits for `set_adapter`; a name that exists gets the tensors, if they fit.
 
-        No `requires_grad` of another adapter changes, nor of this one if it exists. The model is put in eval mode
-        unless `is_trainable`, as PEFT does.
+        For a name that exists, a subdirectory of that name comes first, where `save_pretrained` puts it. No
+        `requires_grad` changes of any adapter that exists. The model is put in eval mode unless `is_trainable`.
 
         Raises:
             AdapterError: as in `from_pretrained`; nothing is changed.
@@ -309,7 +312,8 @@ class PeftModel(Reported, nn.Module):
         """
         refuse_options(ephemeral_gpu_offload, key_mapping)
         present = adapter_name in self.peft_config
-        found = read_stored(adapter_directory(model_id, subfolder=subfolder, revision=revision, token=token))
+        place = adapter_directory(model_id, subfolder=subfolder, revision=revision, token=token)
+        found = read_stored(own_place(place, adapter_name) if present else place)
         with making_room(self.base_model.model, found, is_trainable or present) as stored:
             if present:
                 self.base_model.handle.load(adapter_name, stored.value)
@@ -322,12 +326,7 @@ class PeftModel(Reported, nn.Module):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write README.md with what hubs look for, or bring the one there is up to date."""
-        config = next(iter(self.peft_config.values()), None)
-        base = config.base_model_name_or_path if config else None
-        tags = ["lora", "sideroad", *([f"base_model:adapter:{base}", "transformers"] if base else [])]
-        task = "text-generation" if config and config.task_type == "CAUSAL_LM" else None
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        update_card(Path(output_dir), {"library_name": "peft", "base_model": base, "pipeline_tag": task}, tags)
+        write_card(next(iter(self.peft_config.values()), None), Path(output_dir))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: nothing here uploads."""

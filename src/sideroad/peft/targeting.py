@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sideroad.adapter import Adapter
+from sideroad.attaching import attached
 from sideroad.config import AdapterConfig, AdapterDtype
 from sideroad.errors import ConfigError, TargetError, did_you_mean, raise_findings
 from sideroad.patterns import shortest_names
@@ -282,7 +283,9 @@ def refuse_foreign(config: object) -> None:
         )
 
 
-def placed_config(value: Adapter, survey: Survey, *, autocast: bool) -> AdapterConfig:
+def placed_config(value: Adapter, model: nn.Module, *, autocast: bool) -> AdapterConfig:
     """Return a finished adapter's configuration with the type that its tensors get on this model."""
+    handle = attached(model)
+    survey = Survey(model) if handle is None else handle.survey()
     layers = [survey.modules[path] for path in value.weights if path in survey.modules]
     return value.config.model_copy(update={"dtype": _dtype(layers, autocast)})

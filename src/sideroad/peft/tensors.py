@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sideroad.attaching import attached
 from sideroad.errors import AdapterError, ConfigError, raise_findings
 from sideroad.handle import Attached
-from sideroad.methods import parts_of
-from sideroad.methods.replaced import Replaced
 from sideroad.peft.unwrapping import tuner_of
 from sideroad.peft_keys import ROOT, from_tensors, to_tensors
-from sideroad.route import CHILD, deltas_of, escape, find_delta
+from sideroad.route import CHILD, deltas_of, escape
 
 State = dict[str, dict[str, Tensor]]
 """Module path → leaf (`A`, `B`, `bias`, `rows`, or the names of a module trained whole) → tensor."""
@@ -82,7 +81,9 @@ def set_peft_model_state_dict(
     named = {key if key.startswith(ROOT) else ROOT + key: tensor for key, tensor in peft_model_state_dict.items()}
     value = handle.adapter(adapter_name)
     found = from_tensors(named, list(value.modules))
-    raise_findings(AdapterError, "the state dict cannot be loaded", found.findings)
+    broken = [key for key, one in named.items() if one.is_floating_point() and not bool(torch.isfinite(one).all())]
+    findings = found.findings + [f"{key} has values that are NaN or infinite" for key in broken]
+    raise_findings(AdapterError, "the state dict cannot be loaded", findings)
     handle.load(adapter_name, replace(value, weights=found.weights, modules=found.modules))
     return LoadResult([], [])
 
@@ -114,11 +115,8 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
 def live_parts(handle: Attached, name: str) -> Parts:
     """Return an adapter's live tensors, detached."""
-    found = Parts({}, {})
-    for path in handle.paths(name):
-        delta = find_delta(handle.model, path, name)
-        (found.modules if isinstance(delta, Replaced) else found.weights)[path] = parts_of(delta)
-    return found
+    held = handle.state(name)
+    return Parts(*({path: dict(parts) for path, parts in one.items()} for one in (held.tensors, held.modules)))
 
 
 def gathered(handle: Attached, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> Parts:

@@ -1,0 +1,24 @@
+"""PEFT's names that are not in this package, and why; light, since it is asked when a name is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+LATER: Mapping[str, str] = {
+    **dict.fromkeys(("AdaLoraConfig", "VeraConfig", "RandLoraConfig", "LoHaConfig", "LoKrConfig"), "other methods"),
+    **dict.fromkeys(("IA3Config", "OFTConfig", "BOFTConfig", "LNTuningConfig", "FourierFTConfig"), "other methods"),
+    **dict.fromkeys(("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"), "soft prompts"),
+    **dict.fromkeys(("PeftMixedModel", "XLoraConfig"), "several kinds at once"),
+    **dict.fromkeys(("EvaConfig", "LoftQConfig", "CordaConfig", "LoraGAConfig"), "starts from the weight or from data"),
+    "LoraRuntimeConfig": "offloading",
+}
+"""PEFT's names that are not here → what they are about."""
+
+
+def refuse_name(name: str) -> None:
+    """Raise ImportError, with the reason, for a name of PEFT's that is not here; do nothing for others."""
+    if name in LATER:
+        raise ImportError(
+            f"{name} is not in sideroad.peft: {LATER[name]} are not supported yet. LoraConfig is; for the others keep "
+            "peft beside it (docs/migrating-from-peft.md)."
+        )
