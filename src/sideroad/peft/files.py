@@ -82,8 +82,8 @@ def write_adapter(value: Adapter, directory: Path) -> None:
                 os.replace(draft / name, directory / name)
     except OSError as problem:
         raise AdapterError(
-            f"{shown_path(directory)} cannot be written: {problem.strerror or problem}. Check the path, its permissions and the "
-            "space on the disk."
+            f"{shown_path(directory)} cannot be written: {problem.strerror or problem}. Check the path, its "
+            "permissions and the space on the disk."
         ) from problem
 
 
