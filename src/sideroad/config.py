@@ -37,9 +37,9 @@ class LoraMethod(Settings):
     scaling: Scaling = "alpha/r"
     """`alpha/r` (LoRA) or `alpha/sqrt(r)` (rsLoRA, arXiv:2312.03732)."""
     init: Init = "kaiming"
-    """A's distribution at the start; B is zero. `kaiming`: U(±1/sqrt(in)); `gaussian`: normal,
-    standard deviation 1/r. On embeddings A is
-    zero and B is N(0, 1). `random`: both factors, so that a new adapter changes the model; for tests."""
+    """A's distribution at the start; B is zero. `kaiming`: U(±1/sqrt(in)); `gaussian`: normal, standard deviation 1/r.
+    On embeddings A is zero and B is N(0, 1). `random`: both factors, so that a new adapter changes the model; for
+    tests."""
 
 
 Method = LoraMethod
