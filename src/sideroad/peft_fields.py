@@ -15,6 +15,14 @@ MAPPED = frozenset({
 })  # fmt: skip
 """Fields that have a place in an `Adapter`."""
 
+BIASES: Mapping[str, str] = {"none": "none", "lora_only": "adapted", "all": "all"}
+"""PEFT's word for which biases are trained → ours."""
+
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
+"""Task → names of heads that start at random and are therefore trained whole, named or not."""
+
 HARMLESS: Mapping[str, Any] = {
     "peft_version": None, "auto_mapping": None, "revision": None, "fan_in_fan_out": False, "runtime_config": None,
     "megatron_config": None, "megatron_core": "megatron.core", "loftq_config": {}, "eva_config": None,

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sideroad.config import AdapterConfig
-from sideroad.peft_fields import init_of, shown, sift
+from sideroad.peft_fields import BIASES, init_of, shown, sift
 from sideroad.peft_keys import OUTPUT, Sorted
 from sideroad.peft_parts import (
     file_rank,
@@ -42,7 +42,6 @@ from sideroad.targets import alpha_of
 
 __all__ = ["Reading", "file_rank", "file_ranks", "read_config", "saved_names", "unfold_slices", "write_config"]
 
-_BIASES = {"none": "none", "lora_only": "adapted", "all": "all"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def read_config(
     dropout = numbers.real("lora_dropout", 0.0)
     rank_pattern, alpha_pattern = numbers.patterns("rank_pattern"), numbers.patterns("alpha_pattern")
     bias = fields.get("bias", "none") or "none"
-    if not isinstance(bias, str) or bias not in _BIASES:
+    if not isinstance(bias, str) or bias not in BIASES:
         numbers.findings.append(f"{source}: bias is {shown(bias)}; allowed: none, lora_only, all")
     task, base = (fields.get(name) for name in ("task_type", "base_model_name_or_path"))
     numbers.findings += [
@@ -114,7 +113,7 @@ def read_config(
             | our_patterns(rank_pattern, list(ranks)),
             "alpha_pattern": output_patterns(alpha_pattern, alpha, ranks, held.kinds)
             | our_patterns(alpha_pattern, list(ranks)),
-            "bias": _BIASES[bias],
+            "bias": BIASES[bias],
             "dtype": "float32" if stored_float32 else "base",
         })  # fmt: skip
     except ValidationError as error:
@@ -153,7 +152,7 @@ def write_config(
         "lora_dropout": method.dropout,
         "ensure_weight_tying": config.tie_embeddings,
         "use_rslora": method.scaling == "alpha/sqrt(r)",
-        "bias": next(theirs for theirs, ours in _BIASES.items() if ours == config.bias),
+        "bias": next(theirs for theirs, ours in BIASES.items() if ours == config.bias),
         "rank_pattern": their_patterns(config.rank_pattern, ranks, rank),
         "alpha_pattern": their_patterns(config.alpha_pattern, alphas, method.alpha),
         "init_lora_weights": "gaussian" if method.init == "gaussian" else None,

@@ -13,8 +13,9 @@ from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.pairs import spread
 from sideroad.patterns import is_name, matches
+from sideroad.peft_fields import HEADS
 from sideroad.peft_keys import OUTPUT, Sorted
-from sideroad.peft_targets import our_name, their_value
+from sideroad.peft_targets import ends, our_name, their_value
 
 
 def peft_path(path: str, kinds: Mapping[str, str]) -> str:
@@ -75,17 +76,11 @@ def _said_rank(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         return default  # the broken pattern is reported when the configuration is read
 
 
-_HEADS = {
-    "SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"],
-}  # fmt: skip
-"""Task → the heads that PEFT saves with it; versions up to 0.6 did not write their names."""
-
-
 def saved_names(fields: Mapping[str, Any]) -> list[str]:
     """Return the names in `modules_to_save`; anything but a list of strings is reported later."""
     found = fields.get("modules_to_save")
     if found is None:
-        return _HEADS.get(str(fields.get("task_type")), [])
+        return list(HEADS.get(str(fields.get("task_type")), ()))
     return [name for name in found if isinstance(name, str) and name] if isinstance(found, list) else []
 
 
@@ -133,8 +128,8 @@ def module_findings(fields: Mapping[str, Any], held: Sorted, source: str) -> lis
 
 def our_modules(fields: Mapping[str, Any], held: Sorted) -> list[str]:
     """Return our patterns for the modules that a file holds whole; names that mean none are dropped, as in PEFT."""
-    names = [name for name in saved_names(fields) if any(_ends(path, name) for path in held.modules)]
-    covered = [path for path in held.modules if any(_ends(path, name) for name in names)]
+    names = [name for name in saved_names(fields) if any(ends(path, name) for path in held.modules)]
+    covered = [path for path in held.modules if any(ends(path, name) for name in names)]
     return [our_name(name) for name in names] if len(covered) == len(held.modules) else [*map(our_name, held.modules)]
 
 
@@ -153,7 +148,7 @@ def our_tokens(fields: Mapping[str, Any], held: Sorted, source: str) -> tuple[di
         return {}, [f"{source}: trainable_token_indices is {said!r}; expected a list of ids, or a mapping to lists"]
     found, findings = {}, []
     for path, tensor in rows.items():
-        ids = said if isinstance(said, list) else next((i for name, i in said.items() if _ends(path, name)), None)
+        ids = said if isinstance(said, list) else next((i for name, i in said.items() if ends(path, name)), None)
         if ids is None:
             findings.append(f"{source}: {path} has trained rows, but trainable_token_indices does not name it")
         elif len(ids) != tensor.shape[0] or len(set(ids)) != len(ids):
@@ -192,10 +187,6 @@ def follows_embedding(path: str, weights: Mapping[str, Mapping[str, Tensor]]) ->
 
 def _turned(one: Tensor, other: Tensor) -> bool:
     return one.ndim == 2 and other.ndim == 2 and torch.equal(one, other.t())
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def _ids(value: Any) -> bool:

@@ -32,10 +32,15 @@ def is_target(fields: Mapping[str, Any], path: str) -> bool:
     return _listed(wanted, path) and _in_layers(fields, path)
 
 
+def ends(path: str, name: str) -> bool:
+    """PEFT's rule for names in lists: the whole path, or its end from a dot on."""
+    return path == name or path.endswith(f".{name}")
+
+
 def _listed(entries: str | list[str], path: str) -> bool:
     if isinstance(entries, str):
         return re.fullmatch(entries, path) is not None
-    return any(path == entry or path.endswith(f".{entry}") for entry in entries)
+    return any(ends(path, entry) for entry in entries)
 
 
 def _in_layers(fields: Mapping[str, Any], path: str) -> bool:

@@ -67,7 +67,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_one() -> None:
         ({"lora_alpha": 0}, "lora_alpha is 0; expected a finite number above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it is a probability"),
         ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),
-        ({"bias": "lora"}, 'bias is \'lora\'; allowed: none, all, lora_only. Did you mean "lora_only"'),
+        ({"bias": "lora"}, 'bias is \'lora\'; allowed: none, lora_only, all. Did you mean "lora_only"'),
         ({"task_type": "CAUSAL"}, 'task_type is \'CAUSAL\'.*Did you mean "CAUSAL_LM"'),
         ({"layers_pattern": "layers", "target_modules": ["q"]}, "layers_pattern is 'layers' without layers_to_transf"),
         ({"layers_to_transform": [0], "target_modules": "q.*"}, "layers_to_transform is set, but target_modules is th"),

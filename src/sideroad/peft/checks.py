@@ -9,8 +9,7 @@ from typing import Any
 
 from sideroad.errors import did_you_mean
 from sideroad.peft.kinds import TaskType
-
-BIASES = ("none", "all", "lora_only")
+from sideroad.peft_fields import BIASES
 
 
 def contradictions(said: Mapping[str, Any]) -> list[str]:

@@ -20,11 +20,3 @@ class PeftType(StrEnum):
     """The kind of an adapter; LoRA is the one there is (other kinds in a file are refused by name)."""
 
     LORA = "LORA"
-
-
-HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-"""Task → names of heads that start at random and are therefore trained whole."""

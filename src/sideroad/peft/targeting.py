@@ -17,12 +17,12 @@ from sideroad.errors import ConfigError, TargetError, did_you_mean, raise_findin
 from sideroad.patterns import shortest_names
 from sideroad.peft.config import LoraConfig, plain
 from sideroad.peft.default_targets import default_names
-from sideroad.peft.kinds import HEADS, TaskType
+from sideroad.peft.kinds import TaskType
+from sideroad.peft_fields import BIASES, HEADS
 from sideroad.peft_parts import output_patterns
-from sideroad.peft_targets import is_target, our_name, our_patterns, our_targets
+from sideroad.peft_targets import ends, is_target, our_name, our_patterns, our_targets
 from sideroad.survey import Survey
 
-BIASES: Mapping[str, str] = {"none": "none", "lora_only": "adapted", "all": "all"}
 INITS: Mapping[Any, str] = {True: "kaiming", False: "random", "gaussian": "gaussian"}
 NARROW = frozenset({torch.float16, torch.bfloat16})
 
@@ -143,7 +143,7 @@ def _present(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) -> t
         if not isinstance(value, list):
             kept.append(value)
             continue
-        unmatched = [one for one in value if not any(_means(one, path) for path in survey.modules if path)]
+        unmatched = [one for one in value if not any(ends(path, one) for path in survey.modules if path)]
         kept.append([one for one in value if one not in unmatched])
         findings += [
             f'{name}: "{one}" matches no module of {survey.model_name}.'
@@ -241,7 +241,7 @@ def _whole_names(names: list[str] | None, survey: Survey) -> list[str] | None:
 def _heads(config: LoraConfig, model: nn.Module) -> list[str]:
     if config.task_type is None:
         return []
-    names = HEADS.get(TaskType(config.task_type), ())
+    names = HEADS.get(str(TaskType(config.task_type)), ())
     last = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return [name for name in names if name in last]
 
@@ -263,10 +263,6 @@ def _listed(config: LoraConfig) -> str:
     if not names or not all(re.fullmatch(r"[\w.]+", name) for name in names):
         return ""
     return f" A string is one regular expression for the whole path; for names give {names!r}."
-
-
-def _means(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def _shown(value: object) -> str:
