@@ -10,7 +10,8 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -158,7 +159,8 @@ def replace_directory(
     path = Path(os.path.abspath(path))
     try:
         with new_draft(path) as draft:
-            build(draft)
+            with system_errors():
+                build(draft)
             for file in sorted(draft.rglob("*")):
                 _sync_directory(file) if file.is_dir() else _sync_file(file)
             _sync_directory(draft)
@@ -166,13 +168,19 @@ def replace_directory(
         _settle(path, error)
     except OSError as problem:
         raise cannot_write(path, problem, error) from problem
+    sweep(path)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise as OSError what safetensors says about a full disk, a limit or a permission in an error of its own."""
+    try:
+        yield
     except SafetensorError as problem:
         number = re.search(r"os error (\d+)", str(problem))
         if number is None:
             raise
-        system = OSError(int(number[1]), os.strerror(int(number[1])))
-        raise cannot_write(path, system, error) from problem
-    sweep(path)
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from problem
 
 
 def refuse_occupied_path(

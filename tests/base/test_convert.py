@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from tiny import CHATML, SPECIAL, tiny_llama, tiny_tokenizer
+from tiny import CHATML, SPECIAL, file_size_limit, tiny_llama, tiny_tokenizer
 
 from sideroad.base.catalog import CATALOG
 from sideroad.base.config import BaseConfig
@@ -148,6 +148,17 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"parts.gguf is one of 3 parts; join them first"):
         load_base(config_of(parts))
     assert not [path for path in tmp_path.glob("cache/models/*") if path.is_dir()]
+
+
+def test_a_full_disk_while_converting(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    with (
+        file_size_limit(100_000),
+        pytest.raises(BaseModelError, match=r"cannot write to the model cache at .*Free space or set SIDEROAD_CACHE"),
+    ):
+        load_base(config_of(path))
+    assert not [entry for entry in tmp_path.glob("cache/models/*") if entry.is_dir()]
+    load_base(config_of(path))
 
 
 @pytest.mark.all

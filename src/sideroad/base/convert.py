@@ -20,6 +20,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from sideroad.base.cache import CONVERTER_VERSION
 from sideroad.base.quiet import quiet
 from sideroad.errors import BaseModelError
+from sideroad.files import system_errors
 
 logger = logging.getLogger("sideroad.base.convert")
 
@@ -45,10 +46,11 @@ def convert_gguf(file: Path, entry: Path) -> dict[str, Any]:
     try:
         with quiet():
             model, dtype = _dense_model(file)
-            model.save_pretrained(entry, max_shard_size=_SHARD)
             rule = _save_tokenizer(file, metadata, model.config, entry)
     except _REFUSALS as error:
         raise BaseModelError(f"{file.name} cannot be converted: {type(error).__name__}: {error}") from error
+    with quiet(), system_errors():  # a full disk is nothing about the file: the cache says what to do
+        model.save_pretrained(entry, max_shard_size=_SHARD)
     _check_weights(model, entry)
     return {
         "converter": CONVERTER_VERSION,
