@@ -277,8 +277,9 @@ def base_of(case: Case) -> nn.Module:
 def run(case: Case, model: nn.Module) -> Tensor:
     """Logits of the case's inputs."""
     inputs = SUBJECTS[case["model"]].inputs
-    if case["store"] == "bfloat16":
-        inputs = {key: one.bfloat16() if one.is_floating_point() else one for key, one in inputs.items()}
+    if case["store"] in ("bfloat16", "float64"):
+        kind = getattr(torch, case["store"])
+        inputs = {key: one.to(kind) if one.is_floating_point() else one for key, one in inputs.items()}
     out = model(**inputs)
     return out if isinstance(out, Tensor) else out.logits
 
