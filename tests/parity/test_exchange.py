@@ -124,7 +124,7 @@ def check_logits(one: Exchange) -> None:
 def check_gradients(one: Exchange) -> None:
     """Ours are the gradients of the loss: as close to those computed exactly as PEFT's are, or closer than 1e-5.
 
-    PEFT's own are up to 1e-4 off in float32, above all where it adds an attention's changes one after the other.
+    PEFT's own are up to 1.5e-4 off in float32 here, above all where it adds an attention's changes one after the other.
     """
     handle = one.attached()
     handle.set_trainable("default")
@@ -152,7 +152,7 @@ def check_gradients(one: Exchange) -> None:
         # roundings to bfloat16 differ by more than either is off
         same(ours, truth, 0.15 + 3 * off, "gradients")
     else:
-        assert off <= 1e-4
+        assert off <= 3e-4
         same(ours, truth, max(one.close, 2 * off), "gradients")
         # a bias in front of a softmax has no gradient but noise
         least = 1e-2 * max(float(grad.norm()) for grad, _, _ in pairs.values())
