@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import tiny_gpt2
 from tiny import tiny_llama
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from sideroad.adapter import Adapter
 from sideroad.attaching import attach
@@ -20,17 +20,6 @@ from sideroad.errors import AdapterError
 from sideroad.tensor_files import read_tensors, same_bits
 
 peft = pytest.importorskip("peft")
-
-
-def tiny_gpt2() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
-        model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            parameter.data.uniform_(-0.1, 0.1)
-    return model.eval()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}

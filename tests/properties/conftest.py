@@ -10,30 +10,31 @@ import pytest
 import torch
 from damaged import EXPECTED, GOOD, INDEX, RICH, SHARDS, WEIGHTS
 
+from sideroad.adapter import Adapter
 from sideroad.tensor_files import read_tensors, write_tensors
+
+
+def saved(factory: pytest.TempPathFactory, adapter: Adapter) -> Path:
+    """Save an adapter to a directory of its own, and note it as what is expected there."""
+    home = factory.mktemp("saved") / "adapter"
+    adapter.save(home)
+    EXPECTED[home] = adapter
+    return home
 
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("rich") / "adapter"
-    RICH.save(home)
-    EXPECTED[home] = RICH
-    return home
+    return saved(tmp_path_factory, RICH)
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("single") / "adapter"
-    GOOD.save(home)
-    EXPECTED[home] = GOOD
-    return home
+    return saved(tmp_path_factory, GOOD)
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("sharded") / "adapter"
-    GOOD.save(home)
-    EXPECTED[home] = GOOD
+    home = saved(tmp_path_factory, GOOD)
     tensors = read_tensors(home / WEIGHTS)
     (home / WEIGHTS).unlink()
     places = {key: SHARDS[n % 2] for n, key in enumerate(tensors)}

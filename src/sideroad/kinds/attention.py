@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from sideroad.kinds.kind import Seam
+from sideroad.kinds.kind import Seam, own_weight
 from sideroad.kinds.linear import Linear
 
 
@@ -33,5 +33,4 @@ class OutProjection(Linear):
 
     def claims(self, layer: nn.Module) -> bool:
         """Whether it has the class that torch gives to this projection alone."""
-        weight = layer._parameters.get("weight")
-        return isinstance(layer, NonDynamicallyQuantizableLinear) and weight is not None and weight.is_floating_point()
+        return isinstance(layer, NonDynamicallyQuantizableLinear) and own_weight(layer) is not None

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sideroad.kinds.kind import Seam
+from sideroad.kinds.kind import Seam, own_weight
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {
@@ -32,8 +32,8 @@ class Convolution:
 
     def claims(self, layer: nn.Module) -> bool:
         """Whether it is a convolution of one of the three classes, with a plain weight and their forward."""
-        weight = layer._parameters.get("weight")
-        if weight is None or not weight.is_floating_point() or not isinstance(layer, CLASSES):
+        weight = own_weight(layer)
+        if weight is None or not isinstance(layer, CLASSES):
             return False
         # subclasses that standardise their weight or pad by themselves would not equal their merged weight
         if not any(type(layer).forward is known.forward for known in CLASSES):

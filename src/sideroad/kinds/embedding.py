@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sideroad.kinds.kind import Seam
+from sideroad.kinds.kind import Seam, own_weight
 from sideroad.kinds.linear import add_product
 
 
@@ -26,8 +26,8 @@ class Embedding:
 
     def claims(self, layer: nn.Module) -> bool:
         """Whether it is a plain or scaled embedding."""
-        weight = layer._parameters.get("weight")
-        if weight is None or not weight.is_floating_point() or not isinstance(layer, nn.Embedding):
+        weight = own_weight(layer)
+        if weight is None or not isinstance(layer, nn.Embedding):
             return False
         known = type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
         return known and layer.max_norm is None and tuple(weight.shape) == (layer.num_embeddings, layer.embedding_dim)

@@ -67,3 +67,9 @@ class Kind(Protocol):
 
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Return a vector of one value per output in a shape that adds onto the layer's output."""
+
+
+def own_weight(layer: nn.Module) -> Tensor | None:
+    """Return the layer's weight where it is a floating-point parameter of its own; None for packed and parametrised."""
+    weight = layer._parameters.get("weight")
+    return weight if weight is not None and weight.is_floating_point() else None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from sideroad.kinds.kind import Seam
+from sideroad.kinds.kind import Seam, own_weight
 
 
 class Linear:
@@ -25,8 +25,8 @@ class Linear:
 
     def claims(self, layer: nn.Module) -> bool:
         """Whether it is an `nn.Linear` whose own forward uses its weight."""
-        weight = layer._parameters.get("weight")
-        if weight is None or not weight.is_floating_point() or not isinstance(layer, nn.Linear):
+        weight = own_weight(layer)
+        if weight is None or not isinstance(layer, nn.Linear):
             return False
         plain = not isinstance(layer, NonDynamicallyQuantizableLinear)
         return plain and tuple(weight.shape) == (layer.out_features, layer.in_features)
@@ -67,9 +67,9 @@ class Transposed(Linear):
 
     def claims(self, layer: nn.Module) -> bool:
         """Whether it is a Conv1D; known by structure, so that this file does not import transformers."""
-        weight = layer._parameters.get("weight")
+        weight = own_weight(layer)
         named_so = any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
-        if not named_so or weight is None or not weight.is_floating_point():
+        if not named_so or weight is None:
             return False
         return weight.ndim == 2 and getattr(layer, "nf", None) == weight.shape[1]
 
