@@ -117,6 +117,8 @@ class Deltas(nn.Module):
         super().__init__()
         self.route = route
         self.handle: RemovableHandle | None = None
+        self.inside = False
+        """Whether the layer's forward was taken over by one that adds the deltas itself; the hook then adds none."""
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus every live delta, or, inside a `rows` block, each row plus its own.
@@ -148,8 +150,11 @@ class Deltas(nn.Module):
 
 def add_deltas(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
     """The forward hook of every adapted layer (a module-level function, so that models stay picklable)."""
+    deltas = cast(Deltas, layer.lora)
+    if deltas.inside:
+        return y
     x = args[0] if args else next(iter(kwargs.values()))
-    return cast(Tensor, layer.lora(layer, x, y))  # type: ignore[operator]
+    return cast(Tensor, deltas(layer, x, y))
 
 
 def deltas_of(layer: nn.Module) -> Deltas | None:
@@ -175,6 +180,7 @@ def add_child(layer: nn.Module, route: Route) -> Deltas:
     """Give the layer its `lora` child."""
     deltas = Deltas(route)
     deltas.train(layer.training)
+    deltas.inside = getattr(layer.__dict__.get("forward"), "adds_deltas", False)
     layer.add_module(CHILD, deltas)
     return deltas
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from sideroad.kernels.cross_entropy import IGNORED, cross_entropy_sum
 from sideroad.kernels.packed_attention import is_installed, segment_arguments, window
+from sideroad.segments import Segments, apart, longest
 
 
 def causal_loss(
@@ -18,7 +20,7 @@ def causal_loss(
     position_ids: Tensor,
     attention_mask: Tensor | None,
     targets: Tensor,
-    lengths: tuple[int, ...] | None,
+    lengths: Sequence[int] | None,
 ) -> tuple[Tensor, int]:
     """Return the summed cross-entropy of the predicted tokens, and how many there are.
 
@@ -36,7 +38,8 @@ def causal_loss(
     """
     wanted = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
     keeps = "logits_to_keep" in _parameters(model)
-    logits = forward_logits(model, input_ids, position_ids, attention_mask, lengths, wanted if keeps else None)
+    segments = None if lengths is None else apart(lengths)
+    logits = forward_logits(model, input_ids, position_ids, attention_mask, segments, wanted if keeps else None)
     kept = targets[:, wanted]
     if not keeps:
         logits = logits[:, wanted]
@@ -48,16 +51,32 @@ def forward_logits(
     input_ids: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor | None,
-    lengths: tuple[int, ...] | None,
+    segments: Segments | None,
     positions: Tensor | None = None,
 ) -> Tensor:
     """Run the model and return its logits, [rows, length or the chosen positions, vocabulary].
 
-    A packed row goes through segmented attention where that is installed and every sequence fits the layers' windows,
-    else through the block mask that transformers derives from the restarting positions.
-
     Args:
         positions: [n] indices along the row whose logits to compute; None for all. Needs `logits_to_keep`.
+    """
+    with forward_arguments(model, input_ids, position_ids, attention_mask, segments) as arguments:
+        if positions is not None:
+            arguments["logits_to_keep"] = positions
+        return _logits(model, arguments)
+
+
+@contextmanager
+def forward_arguments(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None,
+) -> Iterator[dict[str, Any]]:
+    """Give the arguments of a forward pass, which must run inside the block.
+
+    A packed row goes through segmented attention where that is installed and every sequence fits the layers' windows,
+    else through the block mask that transformers derives from the restarting positions.
     """
     known = _parameters(model)
     open_ended = "**" in known
@@ -67,13 +86,12 @@ def forward_logits(
     if "use_cache" in known or open_ended:
         # With a cache transformers no longer looks for sequence boundaries in the positions.
         arguments["use_cache"] = False
-    if positions is not None:
-        arguments["logits_to_keep"] = positions
-    packed = lengths is not None and attention_mask is None and len(input_ids) == 1
-    if not (packed and lengths and is_installed(model) and max(lengths) <= (window(model) or max(lengths))):
-        return _logits(model, arguments)
-    with segment_arguments(lengths) as extra:
-        return _logits(model, {**arguments, **extra})
+    packed = segments is not None and attention_mask is None and len(input_ids) == 1
+    if not (packed and segments and is_installed(model) and longest(segments) <= (window(model) or longest(segments))):
+        yield arguments
+        return
+    with segment_arguments(segments) as extra:
+        yield {**arguments, **extra}
 
 
 def _logits(model: Callable[..., Any], arguments: dict[str, Any]) -> Tensor:

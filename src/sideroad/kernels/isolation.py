@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sideroad.kernels.causal_loss import forward_logits
 from sideroad.kernels.packed_attention import refusal, segment_attention
 from sideroad.modes import in_eval_mode
+from sideroad.segments import apart
 
 _LENGTHS = (7, 9, 8)
 _MIDDLE = slice(_LENGTHS[0], _LENGTHS[0] + _LENGTHS[1])
@@ -107,7 +108,7 @@ def _random_tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tens
 
 def _packed_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None].to(tokens.device)
-    return forward_logits(model, tokens, positions, None, _LENGTHS)
+    return forward_logits(model, tokens, positions, None, apart(_LENGTHS))
 
 
 def _alone(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Attention over a packed row, one causal call per sequence: nothing is computed that a mask would hide.
+"""Attention over a packed row, segment by segment: nothing is computed that a mask would hide.
 
 transformers lets a model's attention be replaced by name. Inside `segment_attention(model)` the model uses ours;
-a forward that carries `segment_lengths` (see `segment_arguments`) attends within each sequence of its single row, and
+a forward that carries `segments` (see `segment_arguments`) attends within each sequence of its single row, and
 every other forward (padding, generation with a cache) goes to the implementation that the model had before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,6 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sideroad.kernels.tree_attention import fits, tree_attention
+from sideroad.segments import Segments, longest, paths
+
 IMPLEMENTATION = "sideroad_segments"
 """The name under which transformers knows this attention."""
 
@@ -26,7 +29,7 @@ REPLACED = "sdpa"
 
 HALF = (torch.bfloat16, torch.float16)
 
-_ARGUMENT = "segment_lengths"
+_ARGUMENT = "segments"
 _HARMLESS = frozenset({"position_ids", "is_causal", "sliding_window", "use_cache", "output_attentions"})
 _in_packed_forward: ContextVar[bool] = ContextVar("_in_packed_forward", default=False)
 
@@ -79,18 +82,18 @@ def segment_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def segment_arguments(lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
+def segment_arguments(segments: Segments) -> Iterator[dict[str, Any]]:
     """Give the extra forward arguments of one packed row; the forward must run inside the block.
 
-    The lengths travel as an argument from layer to layer, so that checkpointing repeats them in the backward pass;
+    The segments travel as an argument from layer to layer, so that checkpointing repeats them in the backward pass;
     the block itself only keeps transformers from building the [row, row] mask that they replace.
 
     Args:
-        lengths: tokens in each sequence of the row, in order, adding up to the row.
+        segments: of the row, in order, filling it.
     """
     token = _in_packed_forward.set(True)
     try:
-        yield {_ARGUMENT: tuple(lengths)}
+        yield {_ARGUMENT: segments}
     finally:
         _in_packed_forward.reset(token)
 
@@ -107,13 +110,13 @@ def window(model: nn.Module) -> int | None:
 
 
 def attend_segments(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, scale: float | None, dropout: float = 0.0
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float | None, dropout: float = 0.0
 ) -> Tensor:
     """Causal attention within each sequence of one packed row.
 
     Args:
         query: [1, heads, row, width]; `key` and `value` may have fewer heads, each serving an equal group of queries.
-        lengths: tokens of each sequence; they add up to the row.
+        segments: of the row, filling it.
         scale: factor on the products; None means 1/sqrt(width).
     Returns:
         [1, row, heads, width of value], contiguous.
@@ -122,15 +125,36 @@ def attend_segments(
     if query.device.type == "cpu":
         # torch's flash backward on CPUs takes four times as long in 16 bits as in fp32 (371 against 91 ms of a step)
         query, key, value = (one.float() if one.dtype in HALF else one for one in (query, key, value))
+    if not dropout and fits(query, key, value):
+        return tree_attention(query, key, value, segments, scale=scale).to(dtype)
+    attend = _attend_paths if any(one.offset for one in segments) else _attend_each
+    return attend(query, key, value, segments, scale, dropout).to(dtype)
+
+
+def _attend_each(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, dropout: float
+) -> Tensor:
+    """One call of torch's attention for each sequence, for what `tree_attention` does not compute."""
     grouped = query.shape[1] != key.shape[1]
-    sizes = list(lengths)
+    sizes = [one.stop - one.start for one in segments]
     # split, not slices: its backward is one concatenation instead of a zero-filled row per sequence.
     parts = zip(*(torch.split(whole, sizes, dim=2) for whole in (query, key, value)), strict=True)
     attended = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped)
         for q, k, v in parts
     ]
-    return torch.cat([part.transpose(1, 2) for part in attended], dim=1).to(dtype)
+    return torch.cat([part.transpose(1, 2) for part in attended], dim=1)
+
+
+def _attend_paths(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, dropout: float
+) -> Tensor:
+    """Every sequence gathered whole, shared beginnings repeated, padded on the right; each token's row is taken back."""
+    places, owners = (one.to(query.device) for one in paths(segments))
+    grouped = query.shape[1] != key.shape[1]
+    q, k, v = (whole[0][:, places].transpose(0, 1) for whole in (query, key, value))
+    attended = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped)
+    return attended.transpose(1, 2).flatten(0, 1)[owners][None]
 
 
 def _attend(
@@ -143,16 +167,16 @@ def _attend(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    lengths = others.pop(_ARGUMENT, None)
-    if lengths is None:
+    segments = others.pop(_ARGUMENT, None)
+    if segments is None:
         replaced = ALL_ATTENTION_FUNCTIONS[REPLACED]
         result: tuple[Tensor, Tensor | None] = replaced(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return result
-    if reason := _unsupported(module, query, key, attention_mask, lengths, others):
+    if reason := _unsupported(module, query, key, attention_mask, segments, others):
         raise UnsupportedAttentionError(f"{type(module).__name__} {reason}")
-    return attend_segments(query, key, value, lengths, scale=scaling, dropout=dropout), None
+    return attend_segments(query, key, value, segments, scale=scaling, dropout=dropout), None
 
 
 def _unsupported(
@@ -160,7 +184,7 @@ def _unsupported(
     query: Tensor,
     key: Tensor,
     attention_mask: Tensor | None,
-    lengths: tuple[int, ...],
+    segments: Segments,
     others: Mapping[str, Any],
 ) -> str | None:
     if attention_mask is not None:
@@ -168,12 +192,12 @@ def _unsupported(
     causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         return "is not causal"
-    row = (query.shape[0], query.shape[2], key.shape[2])
-    if row != (1, sum(lengths), sum(lengths)):
-        return f"has queries and keys {row} where one row of {sum(lengths)} tokens was expected"
+    row, filled = (query.shape[0], query.shape[2], key.shape[2]), segments[-1].stop
+    if row != (1, filled, filled):
+        return f"has queries and keys {row} where one row of {filled} tokens was expected"
     reach = others.get("sliding_window")
-    if reach is not None and max(lengths) > reach:
-        return f"looks back over {reach} tokens only, and a sequence has {max(lengths)}"
+    if reach is not None and longest(segments) > reach:
+        return f"looks back over {reach} tokens only, and a sequence has {longest(segments)}"
     if strange := sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS):
         return f"passes {', '.join(strange)} to its attention"
     return None

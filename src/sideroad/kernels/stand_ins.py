@@ -1,0 +1,104 @@
+"""What takes the place of a module's forward on the fast path; each falls back to the module's own forward by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sideroad.kernels.gated_mlp import gated_mlp
+from sideroad.kernels.live import projection_of
+from sideroad.kernels.pieces import Pieces
+from sideroad.kernels.projections import project
+from sideroad.kernels.rms_norm import rms_norm
+from sideroad.kernels.structure import Gated, Norm
+from sideroad.route import deltas_of
+
+
+class Family:
+    """Linear layers that read one input: the first one called computes them all, the others find theirs ready.
+
+    Args:
+        layers: in the order in which the model calls them.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = tuple(layers)
+        self._input: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """Return the output of one layer, its adapters included."""
+        if index and self._input is x and index in self._ready:
+            found = self._ready.pop(index)
+            if not self._ready:
+                self._input = None
+            return found
+        self._input, self._ready = None, {}
+        # only the first asks for the others' outputs: they may not be wanted, or be wanted of another input
+        wanted = self.layers if index == 0 else (self.layers[index],)
+        found = [projection_of(layer) for layer in wanted]
+        ready = [one for one in found if not isinstance(one, str)]
+        if isinstance(found[0], str):
+            return itself(wanted[0], x)
+        if len(ready) < len(found):
+            return project(x, ready[:1])[0]
+        first, *others = project(x, ready)
+        if others:
+            self._input, self._ready = x, dict(enumerate(others, start=1))
+        return first
+
+
+class FastLinear:
+    """The forward of one layer of a family."""
+
+    adds_deltas = True
+    """The layer's own hook need not."""
+
+    def __init__(self, family: Family, index: int) -> None:
+        self.family = family
+        self.index = index
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the layer's output, adapters included."""
+        (x,) = args or kwargs.values()
+        return self.family.output(self.index, x)
+
+
+class FastNorm:
+    """The forward of an RMSNorm."""
+
+    def __init__(self, norm: Norm, pieces: Pieces) -> None:
+        self.norm = norm
+        self.pieces = pieces
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the normalised rows."""
+        return rms_norm(x, self.norm.weight, self.norm.eps, self.norm.style, self.pieces)
+
+
+class FastGatedMlp:
+    """The forward of a gated feed-forward block."""
+
+    def __init__(self, block: nn.Module, gated: Gated, pieces: Pieces) -> None:
+        self.block = block
+        self.gated = gated
+        self.pieces = pieces
+        self.layers = [block.get_submodule(name) for name in (gated.gate, gated.up, gated.down)]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output, adapters included."""
+        found = [projection_of(layer) for layer in self.layers]
+        gate, up, down = found
+        if kwargs or len(args) != 1 or isinstance(gate, str) or isinstance(up, str) or isinstance(down, str):
+            return type(self.block).forward(self.block, *args, **kwargs)
+        return gated_mlp(args[0], gate, up, down, self.gated.activation, self.pieces)
+
+
+def itself(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return a layer's output with its adapters as the hook adds them."""
+    y = type(layer).forward(layer, x)
+    deltas = deltas_of(layer)
+    added: Tensor = y if deltas is None else deltas(layer, x, y)
+    return added
