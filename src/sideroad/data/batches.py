@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sideroad.data.encode import Encoded
 from sideroad.errors import ConfigError, DataError
+from sideroad.segments import Segments
 
 IGNORED = -100
 """Target of a position that the loss does not count."""
@@ -30,8 +31,10 @@ class Batch:
             never across the border of two sequences.
         lengths: tokens of each sequence, in order.
         trained_tokens: targets that count.
-        real_tokens: tokens that are not padding.
-        computed_tokens: all positions, padding included.
+        real_tokens: tokens of the sequences: neither padding nor the saving of shared beginnings is counted.
+        computed_tokens: all positions, padding included, shared beginnings once.
+        segments: how the sequences of a packed row hang together; None where they share nothing.
+        extra: (places, targets), each [any] int64, beyond the first target of a place: where sequences part.
     """
 
     input_ids: Tensor
@@ -42,6 +45,8 @@ class Batch:
     trained_tokens: int
     real_tokens: int
     computed_tokens: int
+    segments: Segments | None = None
+    extra: tuple[Tensor, Tensor] | None = None
 
 
 def plan_epoch(
