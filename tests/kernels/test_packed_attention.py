@@ -16,6 +16,7 @@ from sideroad.kernels.packed_attention import (
     segment_attention,
     window,
 )
+from sideroad.segments import apart
 
 LENGTHS = (5, 1, 9, 3)
 
@@ -39,7 +40,7 @@ def masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_equals_the_block_mask_in_value_and_gradient(groups: int, scale: float | None) -> None:
     results = []
-    for compute in (lambda *qkv: attend_segments(*qkv, LENGTHS, scale=scale), lambda *qkv: masked(*qkv, scale)):
+    for compute in (lambda *qkv: attend_segments(*qkv, apart(LENGTHS), scale=scale), lambda *qkv: masked(*qkv, scale)):
         inputs = [each.clone().requires_grad_() for each in draw(4, groups)]
         output = compute(*inputs)
         weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
@@ -52,14 +53,14 @@ def test_equals_the_block_mask_in_value_and_gradient(groups: int, scale: float |
 def test_grouped_heads_run_on_the_flash_kernel() -> None:
     inputs = [each.float().requires_grad_() for each in draw(4, 2)]
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # anything else raises
-        attend_segments(*inputs, LENGTHS, scale=None).sum().backward()
+        attend_segments(*inputs, apart(LENGTHS), scale=None).sum().backward()
 
 
 def test_dropout_reaches_the_kernel() -> None:
     inputs = draw(4, 2)
     torch.manual_seed(0)
-    dropped = attend_segments(*inputs, LENGTHS, scale=None, dropout=0.5)
-    assert not torch.allclose(dropped, attend_segments(*inputs, LENGTHS, scale=None))
+    dropped = attend_segments(*inputs, apart(LENGTHS), scale=None, dropout=0.5)
+    assert not torch.allclose(dropped, attend_segments(*inputs, apart(LENGTHS), scale=None))
 
 
 def test_context_restores_the_model_however_it_ends() -> None:
@@ -111,15 +112,15 @@ def test_a_layer_that_looks_less_far_than_a_sequence_is_never_given_segments(mon
     ids = torch.arange(1, 9)[None]
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1]])
     with segment_attention(model), torch.no_grad():
-        by_mask = forward_logits(model, ids, positions, None, (6, 2))
+        by_mask = forward_logits(model, ids, positions, None, apart((6, 2)))
         assert torch.equal(by_mask, model(input_ids=ids, position_ids=positions, use_cache=False).logits)
         monkeypatch.setattr("sideroad.kernels.causal_loss.window", lambda model: None)
         with pytest.raises(UnsupportedAttentionError, match="looks back over 4 tokens only, and a sequence has 6"):
-            forward_logits(model, ids, positions, None, (6, 2))
+            forward_logits(model, ids, positions, None, apart((6, 2)))
 
 
 def test_lengths_that_do_not_fill_the_row_are_refused() -> None:
     model = llama()
     ids = torch.arange(1, 9)[None]
     with segment_attention(model), pytest.raises(UnsupportedAttentionError, match="one row of 7 tokens was expected"):
-        forward_logits(model, ids, torch.arange(8)[None], None, (4, 3))
+        forward_logits(model, ids, torch.arange(8)[None], None, apart((4, 3)))

@@ -10,13 +10,10 @@ import torch
 from small_runs import CHANGING, small_recipe, step_losses
 
 from sideroad.adapter import Adapter
-from sideroad.data.batches import collate
-from sideroad.kernels.isolation import packing as kernel_packing
 from sideroad.train import evaluation, events, finish, steps
 from sideroad.train.recipe import load_recipe
 from sideroad.train.run import train
 from sideroad.train.setup import NAME, prepare
-from sideroad.train.steps import loss_of
 
 METRICS = {
     "step", "loss", "lr", "grad_norm", "trained_tokens", "real_tokens", "computed_tokens", "seconds", "peak_bytes"
@@ -93,14 +90,11 @@ def test_losses_in_the_scores_are_those_of_validation_and_true_to_the_bit(
     setup.attached.load(NAME, Adapter.load(result.adapter))
 
     def loss() -> float:
-        batches = [
-            collate([on.validation_examples[index] for index in indices], packed=on.packed, pad_id=on.pad_id)
-            for indices in on.validation
-        ]
-        with kernel_packing(on.model, setup.route), torch.no_grad():
-            return sum(float(loss_of(on.model.eval(), batch)) for batch in batches) / sum(
-                batch.trained_tokens for batch in batches
-            )
+        run = on.execution
+        on.model.eval()
+        batches = [run.lay_out([on.validation_examples[index] for index in indices]) for indices in on.validation]
+        with run.running(), torch.no_grad():
+            return sum(float(run.loss_of(batch)) for batch in batches) / sum(batch.trained_tokens for batch in batches)
 
     assert result.scores["adapted"]["loss"] == loss()
     with setup.attached.disabled():

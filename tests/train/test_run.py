@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from small_runs import records, small_recipe, step_losses
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sideroad.adapter import Adapter
 from sideroad.base.loading import Base, load_base
 from sideroad.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sideroad.kernels.isolation import PackingRoute
 from sideroad.train import events, loop, setup
+from sideroad.train.execution import Execution
 from sideroad.train.run import train
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
@@ -60,7 +61,7 @@ def test_packed_rows_learn_what_padded_ones_do(tmp_path: Path, shared_model_dir:
     padded = small_recipe(tmp_path, shared_model_dir, data={"packing": "off"}, **sets)
     one, two = (train(recipe, tmp_path / name) for recipe, name in ((packed, "packed"), (padded, "padded")))
     first, second = (next(r for r in records(result.run) if "loss" in r) for result in (one, two))
-    assert first["computed_tokens"] == first["real_tokens"]
+    assert first["computed_tokens"] < first["real_tokens"] < second["computed_tokens"]  # beginnings shared, no padding
     assert second["computed_tokens"] > second["real_tokens"]
     assert first["loss"] == pytest.approx(second["loss"], rel=2e-5)
     assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=2e-5)
@@ -83,8 +84,13 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(
     tmp_path: Path, shared_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[bool] = []
-    honest = LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: (calls.append(self.training), honest(self, x))[1])
+    honest = LlamaDecoderLayer.forward
+
+    def counting(self: LlamaDecoderLayer, *given: Any, **named: Any) -> Any:
+        calls.append(self.training)
+        return honest(self, *given, **named)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counting)
     dropped = {"method": {"kind": "lora", "dropout": 0.3}}
     plain = small_recipe(tmp_path, shared_model_dir, adapter=dropped)
     lean = small_recipe(tmp_path, shared_model_dir, adapter=dropped, train={"gradient_checkpointing": True})
@@ -107,13 +113,13 @@ def test_each_epoch_sees_every_example_once_in_an_order_of_its_own(
     tmp_path: Path, shared_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    honest = loop.collate
+    honest = Execution.lay_out
 
-    def spying(examples: Any, **named: Any) -> Any:
+    def spying(self: Execution, examples: Any) -> Any:
         seen.extend(example.source for example in examples)
-        return honest(examples, **named)
+        return honest(self, examples)
 
-    monkeypatch.setattr(loop, "collate", spying)
+    monkeypatch.setattr(Execution, "lay_out", spying)
     train(small_recipe(tmp_path, shared_model_dir, data={"validation": None}), tmp_path / "run")
     first, second = seen[:24], seen[24:]
     assert sorted(first) == sorted(second) == sorted(f"train.jsonl:{line}" for line in range(1, 25))

@@ -17,8 +17,9 @@ from sideroad.data.batches import Batch, collate
 from sideroad.data.encode import Encoded
 from sideroad.errors import TrainingError
 from sideroad.kernels.isolation import choose_route, packing
+from sideroad.train.execution import choose_execution
 from sideroad.train.progress import Progress
-from sideroad.train.settings import OptimConfig
+from sideroad.train.settings import OptimConfig, TrainConfig
 from sideroad.train.steps import Stepper
 from sideroad.train.watchdog import Watchdog
 
@@ -47,7 +48,11 @@ def adapted() -> tuple[nn.Module, dict[str, nn.Parameter]]:
 
 
 def stepper(model: nn.Module, parameters: dict[str, nn.Parameter], **optim: float) -> Stepper:
-    return Stepper(model, parameters, OptimConfig(**optim), Watchdog(259, "float32", parameters), steps=10, seed=0)
+    watchdog = Watchdog(259, "float32", parameters)
+    execution = choose_execution(model, choose_route(model), TrainConfig(), pad_id=0)
+    return Stepper(
+        model, parameters, OptimConfig(**optim), watchdog, loss_of=execution.loss_of, steps=10, seed=0
+    )
 
 
 def reference() -> tuple[float, dict[str, Tensor]]:

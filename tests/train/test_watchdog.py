@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
 from sideroad.errors import TrainingError
-from sideroad.train import checkpoint, finish, loop, steps
+from sideroad.train import checkpoint, execution, finish
 from sideroad.train.progress import Progress
 from sideroad.train.run import train
 from sideroad.train.watchdog import PATIENCE, StepReport, Watchdog
@@ -24,17 +24,17 @@ pytestmark = pytest.mark.usefixtures("quick_plots")
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, at_call: int, poison: Callable[[Tensor], Tensor]) -> None:
     """Let the `at_call`-th training micro-batch, counted from 0, have its loss changed."""
-    honest, calls = steps.causal_loss, [0]
+    honest, calls = execution.fast_loss, [0]
 
-    def changed(model: nn.Module, *arguments: Any) -> tuple[Tensor, int]:
-        loss, count = honest(model, *arguments)
+    def changed(model: nn.Module, *arguments: Any) -> Tensor:
+        loss = honest(model, *arguments)
         if torch.is_grad_enabled():
             calls[0] += 1
             if calls[0] == at_call + 1:
                 loss = poison(loss)
-        return loss, count
+        return loss
 
-    monkeypatch.setattr(steps, "causal_loss", changed)
+    monkeypatch.setattr(execution, "fast_loss", changed)
 
 
 def test_a_loss_that_is_nan_stops_the_run_with_a_diagnosis(
@@ -85,7 +85,7 @@ def test_a_first_gradient_that_is_not_finite_lists_parameters(
 def test_a_validation_that_is_not_finite_stops_the_run(
     tmp_path: Path, shared_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "loss_of", lambda model, batch: torch.tensor(float("nan")))
+    monkeypatch.setattr(execution.Execution, "loss_of", lambda self, batch: torch.tensor(float("nan")))
     with pytest.raises(TrainingError, match="validation loss after step 0 is not finite"):
         train(small_recipe(tmp_path, shared_model_dir), tmp_path / "run")
 

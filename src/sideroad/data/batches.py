@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sideroad.data.encode import Encoded
 from sideroad.errors import ConfigError, DataError
-from sideroad.segments import Segments
+from sideroad.segments import Segments, apart
 
 IGNORED = -100
 """Target of a position that the loss does not count."""
@@ -33,7 +33,7 @@ class Batch:
         trained_tokens: targets that count.
         real_tokens: tokens of the sequences: neither padding nor the saving of shared beginnings is counted.
         computed_tokens: all positions, padding included, shared beginnings once.
-        segments: how the sequences of a packed row hang together; None where they share nothing.
+        segments: how the sequences of a packed row hang together; None for padded rows.
         extra: (places, targets), each [any] int64, beyond the first target of a place: where sequences part.
     """
 
@@ -122,6 +122,7 @@ def collate(examples: Sequence[Encoded], *, packed: bool, pad_id: int) -> Batch:
         trained_tokens=int((wanted != IGNORED).sum()),
         real_tokens=sum(lengths),
         computed_tokens=ids.numel(),
+        segments=apart(lengths) if packed else None,
     )
 
 

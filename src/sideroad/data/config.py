@@ -11,6 +11,7 @@ from sideroad.config import Settings
 
 Format = Literal["auto", "chat", "prompt-completion", "alpaca", "sharegpt", "text"]
 Packing = Literal["auto", "on", "off"]
+SharePrefixes = Literal["auto", "off"]
 Overlong = Literal["auto", "drop", "split", "truncate-prompt", "truncate-end", "error"]
 TrainOn = Literal["assistant", "all"]
 
@@ -39,6 +40,9 @@ class DataConfig(Settings):
     """Longest sequence, in tokens."""
     packing: Packing = "auto"
     """Several sequences in one row, isolated from each other: where the model can (`auto`), always or never."""
+    share_prefixes: SharePrefixes = "auto"
+    """Beginnings that sequences of a batch have in common (system prompt, instruction) are computed once, exactly:
+    wherever that is possible and saves work (`auto`), or never."""
     overlong: Overlong = "auto"
     """Rows above max_length: `drop`, `split` (plain text only), `truncate-prompt` (from the left, answers stay whole),
     `truncate-end`, or `error`. `auto`: split plain text, drop other rows. Every such row is counted and reported."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from sideroad.data.batches import IGNORED, Batch
 from sideroad.data.encode import Encoded
-from sideroad.segments import Segment, Segments
+from sideroad.segments import Segment
 
 SHORTEST = 8
-"""Fewest tokens worth sharing: attention to a beginning of its own costs as much as about this many tokens (measured)."""
+"""Fewest tokens worth sharing: attending to a beginning of its own costs about as much as they do (measured)."""
 
 
 @dataclass
@@ -28,8 +29,8 @@ class _Tree:
 def share(examples: Sequence[Encoded], shortest: int = SHORTEST) -> Batch | None:
     """Lay examples out as one packed row that holds common beginnings once; None if they share too little.
 
-    Every sequence keeps its own path through the row: its loss and gradients are those that it has alone. A place behind
-    which sequences part predicts several tokens: the further ones are in the batch's `extra`.
+    Every sequence keeps its own path through the row: its loss and gradients are those that it has alone. A place
+    behind which sequences part predicts several tokens: the further ones are in the batch's `extra`.
 
     Args:
         examples: none empty.
@@ -68,7 +69,7 @@ def share(examples: Sequence[Encoded], shortest: int = SHORTEST) -> Batch | None
 
 def saved_tokens(rows: Sequence[Sequence[int]], shortest: int = SHORTEST) -> int:
     """Return how many tokens `share` would save on a batch of these ids, without laying it out."""
-    ordered = sorted(rows)
+    ordered = sorted(rows, key=list)
     return _saved(_common(ordered), range(len(ordered)), 0, shortest)
 
 
@@ -87,7 +88,7 @@ def group(batches: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> lis
 
 def _common(rows: Sequence[Sequence[int]]) -> list[int]:
     """How many tokens each row shares with the next one."""
-    return [_shared(one, other) for one, other in zip(rows, rows[1:], strict=False)]
+    return [_shared(one, other) for one, other in pairwise(rows)]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

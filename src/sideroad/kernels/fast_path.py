@@ -60,8 +60,8 @@ def plan_fast_path(model: nn.Module, arguments: Mapping[str, Any]) -> FastPlan:
     modules = dict(walk(model))
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
     with torch.random.fork_rng(devices=devices), in_eval_mode(model), torch.no_grad():
-        norms = {path: found for path, module in modules.items() if (found := match_norm(module)) is not None}
-        gated = {path: found for path, module in modules.items() if (found := match_gated(module)) is not None}
+        norms = {path: norm for path, module in modules.items() if (norm := match_norm(module)) is not None}
+        gated = {path: block for path, module in modules.items() if (block := match_gated(module)) is not None}
         adapted = {path: module for path, module in modules.items() if deltas_of(module) is not None}
         reasons = {path: _reason(module) for path, module in adapted.items()}
         plain = {path: reason for path, reason in reasons.items() if reason is not None}

@@ -1,7 +1,7 @@
 """The output head and the cross-entropy in one function, a few rows at a time: the logits never exist in full.
 
-The gradient is taken in the forward pass, while a chunk's logits are there: a backward pass that made them again would cost
-another product with the largest matrix of the model. A frozen head needs no gradient of its own.
+The gradient is taken in the forward pass, while a chunk's logits are there: a backward pass that made them again would
+cost another product with the largest matrix of the model. A frozen head needs no gradient of its own.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Work:
 
     def chunk(self, rows: slice, gradients: list[Tensor | None]) -> Tensor:
         """Return the loss of some rows, and add their part to the gradients of hidden, A and B."""
-        known, layer, finish = self.predictions, self.layer, self.finish
+        known, finish = self.predictions, self.finish
         x = self.hidden[rows]
         mine = slice(known.offsets[rows.start], known.offsets[rows.stop])
         owners, targets, counts = known.owners[mine] - rows.start, known.targets[mine], known.counts[rows, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sideroad.kernels.causal_loss import forward_logits
 from sideroad.kernels.packed_attention import refusal, segment_attention
 from sideroad.modes import in_eval_mode
-from sideroad.segments import apart
+from sideroad.segments import Segment, apart
 
 _LENGTHS = (7, 9, 8)
 _MIDDLE = slice(_LENGTHS[0], _LENGTHS[0] + _LENGTHS[1])
@@ -66,6 +66,34 @@ def probe_isolation(model: nn.Module) -> str | None:
         return f"{name} cannot run a packed row: {type(error).__name__}: {first_line}"
 
 
+def probe_sharing(model: nn.Module) -> str | None:
+    """Return None if sequences that share a beginning in a packed row are computed as each is alone; else why not.
+
+    The row is the beginning and two ends; it goes through segmented attention, which the model must be able to use.
+    """
+    name = type(model).__name__
+    first, second, third = _LENGTHS
+    end = first + second + third
+    row = (
+        Segment(0, first, end),
+        Segment(first, first + second, first + second, first),
+        Segment(first + second, end, end, first),
+    )
+    try:
+        with torch.no_grad(), _undisturbed(model), segment_attention(model):
+            tokens, _ = _random_tokens(model, next(model.parameters()).device)
+            positions = torch.cat([torch.arange(one.stop - one.start) + one.offset for one in row])[None]
+            found = forward_logits(model, tokens, positions.to(tokens.device), None, row)
+            start, *ends = torch.split(tokens, list(_LENGTHS), 1)
+            parts = torch.split(found, list(_LENGTHS), 1)[1:]
+            alone = [_alone(model, torch.cat((start, end), dim=1))[:, first:] for end in ends]
+            distance, allowed = _measure(model)
+            off = max(distance(part, one) for part, one in zip(parts, alone, strict=True))
+    except Exception as error:  # whatever a foreign model raises on such a row is a reason not to share
+        return f"{name} cannot run such a row: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None if off <= allowed else f"{name} computes such a row differently, by {off:.1e} (relative)"
+
+
 def packing(model: nn.Module, route: PackingRoute) -> AbstractContextManager[None]:
     """Put a route into force for the packed rows of a block, which must hold their backward passes too.
 
@@ -87,14 +115,19 @@ def _compare(model: nn.Module) -> str | None:
         return f"{name} lets packed sequences see each other: other neighbours move logits by {moved:.1e} (relative)"
     sizes = list(_LENGTHS)
     parts = zip(torch.split(tokens, sizes, 1), torch.split(packed, sizes, 1), strict=True)
-    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    # A row of another length takes another path through the matrix products: 16-bit types differ by 0.06 of the spread
-    # over 30 blocks (SmolLM2 in bf16), single logits by 0.25; positions that do not restart change everything.
-    distance, allowed = (_distance, 1e-4) if precise else (_mean_distance, 0.15)
+    distance, allowed = _measure(model)
     apart = max(distance(logits, _alone(model, part)) for part, logits in parts)
     if apart > allowed:
         return f"{name} computes a packed sequence differently from the same one alone, by {apart:.1e} (relative)"
     return None
+
+
+def _measure(model: nn.Module) -> tuple[Callable[[Tensor, Tensor], float], float]:
+    """How logits are compared that should be equal, and how far apart they may be."""
+    # A row of another length takes another path through the matrix products: 16-bit types differ by 0.06 of the spread
+    # over 30 blocks (SmolLM2 in bf16), single logits by 0.25; positions that do not restart change everything.
+    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return (_distance, 1e-4) if precise else (_mean_distance, 0.15)
 
 
 def _random_tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ def _attend_each(
 def _attend_paths(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, dropout: float
 ) -> Tensor:
-    """Every sequence gathered whole, shared beginnings repeated, padded on the right; each token's row is taken back."""
+    """Every sequence gathered whole, beginnings repeated, padded on the right; each token's row is taken back."""
     places, owners = (one.to(query.device) for one in paths(segments))
     grouped = query.shape[1] != key.shape[1]
     q, k, v = (whole[0][:, places].transpose(0, 1) for whole in (query, key, value))

@@ -48,5 +48,7 @@ class Predictions:
 
     def to(self, device: torch.device) -> Predictions:
         """Move the tensors to a device."""
-        moved = [one.to(device) for one in (self.places, self.owners, self.targets, self.counts)]
-        return Predictions(*moved, self.offsets)
+        places, owners, targets, counts = (
+            one.to(device) for one in (self.places, self.owners, self.targets, self.counts)
+        )
+        return Predictions(places, owners, targets, counts, self.offsets)

@@ -5,8 +5,8 @@ For a layer with weight W, bias b and a pair of scale s (Hu et al. 2021, arXiv:2
     P = drop(x) Aᵀ        y = x Wᵀ + b + s P Bᵀ
     Q = s dy B            dA = Qᵀ drop(x)        dB = s dyᵀ P        dx = Σ dy W + drop'(Q A)
 
-W gets no gradient. Without dropout the A of all layers are stacked: one product gives every P, another every dA, a third
-their part of dx. A dropout mask is never kept: the random state before its draw is, and the mask is drawn again.
+W gets no gradient. Without dropout the A of all layers are stacked: one product gives every P, another every dA, a
+third their part of dx. A dropout mask is never kept: the random state before its draw is, and it is drawn again.
 Plain tensor functions; the autograd functions that use them are in `projections.py` and `gated_mlp.py`.
 """
 

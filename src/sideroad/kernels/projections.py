@@ -64,7 +64,7 @@ class _Project(torch.autograd.Function):
 
 
 def pairs_wanted(ctx: Any, *, first: int, count: int) -> bool:
-    """Whether any A or B among the flattened tensors, `count` of them from argument number `first`, needs a gradient."""
+    """Whether any A or B among the flattened tensors, `count` of them from argument `first` on, needs a gradient."""
     return any(ctx.needs_input_grad[first + at] for at in range(count) if at % TENSORS_PER_LAYER > 1)
 
 

@@ -1,4 +1,4 @@
-"""What takes the place of a module's forward on the fast path; each falls back to the module's own forward by itself."""
+"""What takes the place of a module's forward on the fast path; each falls back to the module's own by itself."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Family:
         self._input, self._ready = None, {}
         # only the first asks for the others' outputs: they may not be wanted, or be wanted of another input
         wanted = self.layers if index == 0 else (self.layers[index],)
-        found = [projection_of(layer) for layer in wanted]
-        ready = [one for one in found if not isinstance(one, str)]
-        if isinstance(found[0], str):
+        now = [projection_of(layer) for layer in wanted]
+        ready = [one for one in now if not isinstance(one, str)]
+        if isinstance(now[0], str):
             return itself(wanted[0], x)
-        if len(ready) < len(found):
+        if len(ready) < len(now):
             return project(x, ready[:1])[0]
         first, *others = project(x, ready)
         if others:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sideroad.kernels.live import foreign_hook, refusal
-from sideroad.kernels.pieces import Activation, NormStyle, activate, gate, scaled
+from sideroad.kernels.pieces import Activation, NormStyle, gate, scaled
 
 _ROWS = 4
 _SEED = 20261124
@@ -45,7 +45,7 @@ def match_norm(module: nn.Module) -> Norm | None:
     if weight is None or weight.ndim != 1 or eps is None or not alone or weight.requires_grad or foreign_hook(module):
         return None
     # small rows, on which eps acts, beside ordinary ones
-    x = _draw(weight, weight.shape[0]) * torch.tensor([1.0, 1e-3, 30.0, 1.0], device=weight.device).to(weight.dtype)[:, None]
+    x = _draw(weight, weight.shape[0]) * weight.new_tensor([1.0, 1e-3, 30.0, 1.0])[:, None]
     expected = _ask(module, x)
     if expected is None or expected.shape != x.shape or expected.dtype != x.dtype:
         return None
@@ -60,22 +60,20 @@ def match_norm(module: nn.Module) -> Norm | None:
 @torch.no_grad()
 def match_gated(module: nn.Module) -> Gated | None:
     """Return the layers of a gated feed-forward block if that is what the module computes; None otherwise."""
-    layers = {name: child for name, child in module._modules.items() if child is not None and not refusal(child)}
-    others = [child for name, child in module._modules.items() if child is not None and name not in layers]
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    layers = {name: child for name, child in children.items() if isinstance(child, nn.Linear) and not refusal(child)}
+    others = [child for name, child in children.items() if name not in layers]
     if len(layers) != 3 or module._parameters or foreign_hook(module):
         return None
     if any(next(child.parameters(), None) is not None or foreign_hook(child) for child in others):
         return None
-    sizes = {name: tuple(child.weight.shape) for name, child in layers.items()}
-    if not all(isinstance(child, nn.Linear) for child in layers.values()):
-        return None
-    downs = [name for name, (out, inner) in sizes.items() if all(sizes[o] == (inner, sizes[o][1]) for o in sizes if o != name)]
-    for down in downs:
+    for down, last in layers.items():
         first, second = (name for name in layers if name != down)
-        if sizes[first] != sizes[second]:
+        entry = layers[first]
+        same = (entry.in_features, entry.out_features) == (layers[second].in_features, layers[second].out_features)
+        if not same or last.in_features != entry.out_features:
             continue
-        weight: Tensor = layers[first].weight  # type: ignore[assignment]
-        x = _draw(weight, weight.shape[1])
+        x = _draw(entry.weight, entry.in_features)
         expected = _ask(module, x)
         if expected is None:
             return None
@@ -104,7 +102,7 @@ def siblings(model: nn.Module, layers: dict[str, nn.Module], arguments: dict[str
     calls: list[Call] = []
 
     def note(name: str) -> Any:
-        return lambda _module, given, named, _out: calls.append(Call(name, given[0] if given else next(iter(named.values()))))
+        return lambda _module, given, named, _out: calls.append(Call(name, (*given, *named.values())[0]))
 
     handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in layers.items()]
     try:

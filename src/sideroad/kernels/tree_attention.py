@@ -1,9 +1,10 @@
 """Causal attention over a packed row in which sequences may share their beginnings, without a hidden product.
 
-Every segment attends to itself, causally, and all tokens that continue a segment attend to it in one call, unmasked; the
-parts of a token are put together by their log-sum-exp. So the attention to a shared beginning is shared too, and nothing is
-gathered: in a row that lists a tree from its root down, both are slices. Backwards each part gets the whole output and the whole
-log-sum-exp, with which the kernel's own formula gives that part of the gradient (as in Ring Attention, arXiv:2310.01889).
+Every segment attends to itself, causally, and all tokens that continue a segment attend to it in one call, unmasked;
+the parts of a token are put together by their log-sum-exp. So the attention to a shared beginning is shared too, and
+nothing is gathered: in a row that lists a tree from its root down, both are slices. Backwards each part gets the whole
+output and the whole log-sum-exp, with which the kernel's own formula gives that part of the gradient (as in Ring
+Attention, arXiv:2310.01889).
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ class _TreeAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
     ) -> Tensor:
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        total = query.new_empty(1, query.shape[2], query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+        total = query.new_empty(1, query.shape[2], query.shape[1])
         for one in segments:
             own = slice(one.start, one.stop)
             part, weight = _attend(query, key, value, own, own, scale)
             out[:, own], total[:, own] = part, weight
         for one in segments:
             if one.end > one.stop:
-                below = slice(one.stop, one.end)
-                _add_part(out[:, below], total[:, below], *_attend(query, key, value, below, slice(one.start, one.stop), scale))
+                own, below = slice(one.start, one.stop), slice(one.stop, one.end)
+                _add_part(out[:, below], total[:, below], *_attend(query, key, value, below, own, scale))
         ctx.segments, ctx.scale = segments, scale
         ctx.save_for_backward(query, key, value, out, total)
         return out
@@ -98,6 +99,6 @@ def _attend(
 def _add_part(out: Tensor, total: Tensor, part: Tensor, weight: Tensor) -> None:
     """Put another part of the same tokens together with what there is, in place."""
     both = torch.logaddexp(total, weight)
-    out.mul_((total - both).exp_()[..., None].to(out.dtype))
-    out.addcmul_(part, (weight - both).exp_()[..., None].to(out.dtype))
+    out.mul_((total - both).exp_()[..., None])
+    out.addcmul_(part, (weight - both).exp_()[..., None])
     total.copy_(both)

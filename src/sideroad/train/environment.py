@@ -18,12 +18,19 @@ from sideroad.train.seeds import derive
 
 
 def describe(
-    *, device: torch.device, dtype: torch.dtype, seed: int, packing: Mapping[str, str], base: Mapping[str, Any]
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    packing: Mapping[str, str],
+    execution: Mapping[str, Any],
+    base: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What env.json records: versions, machine, threads, what was decided by a probe, and the derived seeds.
 
     Args:
         packing: `route` and `reason` of the packing probe.
+        execution: what was decided about the fast path.
         base: identity of the base model.
     """
     return {
@@ -40,6 +47,7 @@ def describe(
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "packing": dict(packing),
+        "execution": dict(execution),
         "base": dict(base),
         "seeds": {part: derive(seed, part) for part in ("init", "data", "dropout")},
     }

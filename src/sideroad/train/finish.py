@@ -114,7 +114,7 @@ def _compare(recipe: Recipe, setup: Setup, known: Mapping[str, float | None], em
             dataset,
             recipe.evaluate,
             recipe.data,
-            packed=setup.material.packed,
+            packed=setup.route.isolates,
             seed=recipe.seed,
             known_loss=known[who],
             on_answers=lambda answered, asked: emit(replace(begun, answered=answered, asked=asked)),

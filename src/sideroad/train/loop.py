@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from sideroad.adapter import Adapter
-from sideroad.data.batches import Batch, collate
+from sideroad.data.batches import Batch
 from sideroad.data.encode import Encoded
 from sideroad.interrupts import uninterrupted
 from sideroad.train import checkpoint, optimizer
 from sideroad.train.environment import peak_bytes
 from sideroad.train.events import Checkpointed, Event, StepDone, StoppedEarly, Validated
+from sideroad.train.execution import Execution
 from sideroad.train.order import Cursor, Order
 from sideroad.train.progress import Progress
 from sideroad.train.run_directory import RunDirectory
 from sideroad.train.settings import TrainConfig
-from sideroad.train.steps import Prepared, Stepper, loss_of
+from sideroad.train.steps import Prepared, Stepper
 from sideroad.train.trackers import Receiver
 from sideroad.train.watchdog import Watchdog
 
@@ -42,8 +43,7 @@ class Material:
     validation_examples: Sequence[Encoded]
     order: Order
     validation: Sequence[tuple[int, ...]]
-    packed: bool
-    pad_id: int
+    execution: Execution
     device: torch.device
     fingerprint: Mapping[str, Any]
 
@@ -138,7 +138,7 @@ class Loop:
         cursor = Cursor(self.progress.epoch, self.progress.batch)
         chosen, following = self._on.order.step(cursor)
         examples = [[self._on.examples[index] for index in indices] for indices in chosen]
-        batches = [collate(each, packed=self._on.packed, pad_id=self._on.pad_id) for each in examples]
+        batches = [self._on.execution.lay_out(each) for each in examples]
         sources = [[example.source for example in each] for each in examples]
         prepared = self._stepper.prepare(self.progress, batches, sources)
         with uninterrupted():
@@ -187,12 +187,8 @@ class Loop:
         self._on.model.eval()
         total, count = 0.0, 0
         for indices in self._on.validation:
-            batch = collate(
-                [self._on.validation_examples[index] for index in indices],
-                packed=self._on.packed,
-                pad_id=self._on.pad_id,
-            )
-            loss = float(loss_of(self._on.model, batch))
+            batch = self._on.execution.lay_out([self._on.validation_examples[index] for index in indices])
+            loss = float(self._on.execution.loss_of(batch))
             sources = [self._on.validation_examples[index].source for index in indices]
             self._watchdog.check_validation(self.progress.step, loss, sources)
             total += loss

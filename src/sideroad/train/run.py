@@ -68,7 +68,7 @@ def train(
         begun = resume and bool(checkpoint.listed(place.checkpoints))
         recorded = place.read_json(place.environment) if begun else None
         setup = prepare(recipe, recorded, offline=offline, emit=emit)
-        stack.enter_context(packing(setup.base.model, setup.route))
+        stack.enter_context(packing(setup.base.model, setup.route))  # scoring at the end packs too
         if resume and not begun:
             emit(Note(f"{place.path} has no checkpoint yet; starting from the beginning"))
         if begun and recorded is None:
@@ -76,7 +76,8 @@ def train(
         loop = _loop(place, recipe, setup, emit, stack, begun=begun)
         _record_start(place, recipe, setup, recorded, emit)
         try:
-            loop.go()
+            with setup.material.execution.running():
+                loop.go()
             result = finish(place, recipe, setup, loop, emit)
         except KeyboardInterrupt as interrupt:
             path = loop.save()
@@ -120,7 +121,10 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
     plan = list(setup.order.steps(recipe.train))
     watchdog = Watchdog(setup.vocabulary, setup.environment["dtype"], parameters)
     seed = derive(recipe.seed, "dropout")
-    stepper = Stepper(model, parameters, recipe.optim, watchdog, steps=len(plan), seed=seed)
+    execution = setup.material.execution
+    stepper = Stepper(
+        model, parameters, recipe.optim, watchdog, loss_of=execution.loss_of, steps=len(plan), seed=seed
+    )
     restored = _restore(place, setup, stepper, watchdog, emit) if begun else None
     fresh = Progress(loss_scale=LARGEST_SCALE if setup.base.dtype == torch.float16 else 1.0)
     progress = restored or fresh
@@ -135,7 +139,7 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
             validation_examples=len(setup.material.validation_examples),
             tokens=sum(len(examples[index].ids) for step in plan for batch in step for index in batch),
             trained_tokens=sum(examples[index].trained_tokens for step in plan for batch in step for index in batch),
-            packed=setup.material.packed,
+            packed=setup.route.isolates,
             trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),
             device=setup.environment["device"],
             dtype=setup.environment["dtype"],

@@ -12,6 +12,7 @@ from sideroad.config import Settings
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 Keep = Literal["last", "best"]
 Tracker = Literal["tensorboard", "wandb"]
+Compile = Literal["auto", "on", "off"]
 
 WSD_DECAY_RATIO = 0.2
 
@@ -101,5 +102,9 @@ class TrainConfig(Settings):
     """Stop after this many validations in a row without a lower loss; null never does."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    fast: bool = True
+    """Fused kernels where the model's structure matches them, equal to the plain path up to rounding; false: never."""
+    compile: Compile = "auto"
+    """Compile the elementwise pieces of the fast path: `on`, `off`, or `auto`, if the run is long enough to earn it."""
     trackers: tuple[Tracker, ...] = ()
     """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`."""

@@ -19,6 +19,7 @@ from sideroad.errors import ConfigError, TrainingError
 from sideroad.kernels.isolation import PackingRoute, choose_route
 from sideroad.train.environment import describe
 from sideroad.train.events import Event, Note
+from sideroad.train.execution import Execution, choose_execution
 from sideroad.train.fingerprint import fingerprint
 from sideroad.train.loop import Material
 from sideroad.train.order import Order
@@ -58,6 +59,7 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
         _enable_checkpointing(base)
     route = _choose_route(recipe, base, recorded, emit)
     packed = route.isolates
+    execution = _choose_execution(recipe, base, data, route, recorded, emit)
     examples = data.train.examples
     validation = data.validation.examples if data.validation else ()
     order = Order(
@@ -74,8 +76,7 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
         validation_examples=validation,
         order=order,
         validation=_validation_plan(recipe, data, packed=packed),
-        packed=packed,
-        pad_id=base.tokenizer.pad_token_id,
+        execution=execution,
         device=base.device,
         fingerprint=fingerprint(
             recipe,
@@ -89,6 +90,7 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
         dtype=base.dtype,
         seed=recipe.seed,
         packing={"route": route.kind, "reason": route.reason},
+        execution=execution.to_json(),
         base=base.identity.to_json(),
     )
     return Setup(base, data, attached, route, order, material, _vocabulary(base), environment)
@@ -145,6 +147,28 @@ def _choose_route(recipe: Recipe, base: Base, recorded: Mapping[str, Any] | None
         )
     emit(Note(f"not packing, examples are padded in groups of like length: {route.reason}"))
     return route
+
+
+def _choose_execution(
+    recipe: Recipe,
+    base: Base,
+    data: Loaded,
+    route: PackingRoute,
+    recorded: Mapping[str, Any] | None,
+    emit: Emit,
+) -> Execution:
+    execution = choose_execution(
+        base.model,
+        route,
+        recipe.train,
+        pad_id=base.tokenizer.pad_token_id,
+        share=recipe.data.share_prefixes == "auto",
+        seconds=None,
+        recorded=None if recorded is None else recorded.get("execution"),
+    )
+    for note in execution.notes:
+        emit(Note(note))
+    return execution
 
 
 def _enable_checkpointing(base: Base) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,6 @@ from torch.optim import AdamW
 
 from sideroad.data.batches import Batch
 from sideroad.errors import TrainingError
-from sideroad.kernels.causal_loss import causal_loss
 from sideroad.train import optimizer as adamw
 from sideroad.train.progress import Progress
 from sideroad.train.schedule import factor
@@ -43,6 +42,7 @@ class Stepper:
 
     Args:
         parameters: trainable ones, by name.
+        loss_of: gives the summed loss of a micro-batch, see `Execution.loss_of`.
         steps: length of the run, for the schedule.
         seed: of dropout, from which every micro-batch derives its own.
     """
@@ -54,6 +54,7 @@ class Stepper:
         config: OptimConfig,
         watchdog: Watchdog,
         *,
+        loss_of: Callable[[Batch], Tensor],
         steps: int,
         seed: int,
     ) -> None:
@@ -62,6 +63,7 @@ class Stepper:
         self._parameters = list(parameters.values())
         self._config = config
         self._watchdog = watchdog
+        self._loss_of = loss_of
         self._steps = steps
         self._seed = seed
 
@@ -107,7 +109,7 @@ class Stepper:
             torch.manual_seed(derive(self._seed, step, index))
             if batch.trained_tokens == 0:
                 continue
-            loss = loss_of(self._model, batch)
+            loss = self._loss_of(batch)
             (loss * (scale / total)).backward()  # type: ignore[no-untyped-call]
             sums.append(loss.detach())
         if scale != 1:
@@ -120,17 +122,3 @@ class Stepper:
     def _present_gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed cross-entropy of one micro-batch on the model's device, an fp32 scalar."""
-    device = next(model.parameters()).device
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-    loss, _ = causal_loss(
-        model,
-        batch.input_ids.to(device),
-        batch.position_ids.to(device),
-        mask,
-        batch.targets.to(device),
-        batch.lengths if mask is None else None,
-    )
-    return loss
