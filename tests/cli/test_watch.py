@@ -16,6 +16,7 @@ from sideroad.train import events
 def plan(steps: int = 100) -> events.Planned:
     return events.Planned(
         steps=steps, start=0, epochs=2, examples=50, validation_examples=5, tokens=1000, trained_tokens=250,
+        saved_tokens=0,
         packed=True, trainable_parameters=4_880_000, device="cpu", dtype="float32",
     )  # fmt: skip
 

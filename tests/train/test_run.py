@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import records, small_recipe, step_losses
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sideroad.adapter import Adapter
 from sideroad.base.loading import Base, load_base
@@ -84,13 +84,13 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(
     tmp_path: Path, shared_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[bool] = []
-    honest = LlamaDecoderLayer.forward
+    honest = LlamaAttention.forward
 
-    def counting(self: LlamaDecoderLayer, *given: Any, **named: Any) -> Any:
+    def counting(self: LlamaAttention, *given: Any, **named: Any) -> Any:
         calls.append(self.training)
         return honest(self, *given, **named)
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", counting)
+    monkeypatch.setattr(LlamaAttention, "forward", counting)
     dropped = {"method": {"kind": "lora", "dropout": 0.3}}
     plain = small_recipe(tmp_path, shared_model_dir, adapter=dropped)
     lean = small_recipe(tmp_path, shared_model_dir, adapter=dropped, train={"gradient_checkpointing": True})

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sideroad.cli.watch import Watch
     from sideroad.train.events import Result
     from sideroad.train.recipe import Recipe
+    from sideroad.train.speed import Speed
 
 SUMMARY = "Train an adapter as a recipe says."
 EXAMPLES = (
@@ -117,6 +118,18 @@ def _train(recipe: Recipe, file: Path, place: Path, watch: Watch, *, resume: boo
         ) from interrupt
 
 
+def _speed(speed: Speed) -> str:
+    """Rates, what sharing saved, and how near the run came to the machine's limit; ends with an empty line."""
+    text = (
+        f"{speed.trained_tokens_per_second:,.0f} trained tokens/s, {speed.real_tokens_per_second:,.0f} real tokens/s"
+    )
+    if speed.saved_tokens:
+        text += f" ({speed.saved_tokens:,} of them computed with another sequence's)"
+    if speed.limit_share is not None:
+        text += f"; {speed.limit_share:.0%} of what this machine's matrix products allow"
+    return f"{text}\n"
+
+
 def _report(console: Console, result: Result) -> None:
     from sideroad.cli import render, scores
 
@@ -124,9 +137,11 @@ def _report(console: Console, result: Result) -> None:
     early = ", stopped early" if result.stopped_early else ""
     console.print(
         f"\ntrained {result.steps} steps in {render.duration(result.seconds)}{early}; kept {kept} "
-        f"(step {result.kept_step})\n",
+        f"(step {result.kept_step})",
         soft_wrap=True,
     )
+    if result.speed is not None:
+        console.print(_speed(result.speed), soft_wrap=True)
     scores.print_scores(console, result.scores.get("base", {}), result.scores.get("adapted", {}))
     answers = [(sample.prompt, sample.reference, sample.base, sample.adapted) for sample in result.samples]
     scores.print_samples(console, answers)

@@ -56,12 +56,14 @@ class Watch:
         self.planned = plan
         repeated = f", {plan.epochs} epochs" if plan.epochs > 1 else ""
         rows = "packed in isolation" if plan.packed else "padded, grouped by length"
+        saved = render.share(plan.saved_tokens, plan.tokens) if plan.saved_tokens else ""
         resumed = f", continuing after step {plan.start}" if plan.start else ""
         lines = (
             f"adapter     {render.count(plan.trainable_parameters)} trainable parameters",
             f"data        {plan.examples} examples ({plan.validation_examples} for validation){repeated}; "
             f"{render.count(plan.trained_tokens)} of {render.count(plan.tokens)} tokens trained "
             f"({render.share(plan.trained_tokens, plan.tokens)}), {rows}",
+            *([f"shared      {saved} of the tokens stand in a beginning computed with another's"] if saved else []),
             f"work        {plan.steps} steps on {plan.device} in {plan.dtype}{resumed}",
         )
         for line in lines:

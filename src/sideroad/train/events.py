@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sideroad.base.progress import Progress
+from sideroad.train.speed import Speed
 
 Kept = Literal["last", "best"]
 
@@ -23,8 +24,9 @@ class Note:
 class Planned:
     """Said once, before the first step: how much work there is.
 
-    `tokens` are real and `trained_tokens` supervised tokens over all `steps`; both count every repetition. `start` is
-    the number of steps already done, above 0 on resume. `packed` says whether examples share a row in isolation.
+    `tokens` are real and `trained_tokens` supervised tokens over all `steps`; both count every repetition;
+    `saved_tokens` of them are computed with another sequence's, whose beginning they share. `start` is the number of
+    steps already done, above 0 on resume. `packed` says whether examples share a row in isolation.
     """
 
     steps: int
@@ -34,6 +36,7 @@ class Planned:
     validation_examples: int
     tokens: int
     trained_tokens: int
+    saved_tokens: int
     packed: bool
     trainable_parameters: int
     device: str
@@ -44,8 +47,9 @@ class Planned:
 class StepDone:
     """One optimizer step. `loss` is the mean over its trained tokens in nats; `grad_norm` is taken before clipping.
 
-    `computed_tokens` include padding. `peak_bytes` is the largest memory so far: the accelerator's allocations on CUDA
-    and MPS, the whole process's resident set elsewhere. `seconds` are those of this step alone.
+    `computed_tokens` include padding, and shared beginnings once. `peak_bytes` is the largest memory so far: the
+    accelerator's allocations on CUDA and MPS, the whole process's resident set elsewhere. `seconds` are those of this
+    step alone.
     """
 
     step: int
@@ -116,7 +120,7 @@ class Result:
 
     `kept` says which weights are in `adapter`: those of the last step or of the best validation; `kept_step` is theirs.
     `scores` maps `base` and `adapted` to metric → value, the loss first, and is empty without a validation set.
-    `loss` is the last step's; `seconds` are those of steps and validations.
+    `loss` is the last step's; `speed` that of the steps alone; `seconds` are those of steps and validations.
     """
 
     run: Path
@@ -131,6 +135,7 @@ class Result:
     best_step: int | None
     stopped_early: bool
     seconds: float
+    speed: Speed | None = None
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Answers, ...] = ()
 

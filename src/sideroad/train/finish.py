@@ -20,6 +20,7 @@ from sideroad.train.recipe import Recipe, dump_recipe
 from sideroad.train.report import CardFacts, DataFile, loss_plot, model_card, samples_page
 from sideroad.train.run_directory import RunDirectory, finite_or_null, to_json, write_atomically
 from sideroad.train.setup import NAME, Setup
+from sideroad.train.speed import Speed, speed_of
 
 Emit = Callable[[Event], None]
 
@@ -31,7 +32,7 @@ def finish(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop, emit: 
     takes them again.
     """
     _choose_weights(place, recipe, setup, loop)
-    result = _result(place, recipe, loop)
+    result = _result(place, recipe, setup, loop)
     _save_adapter(recipe, setup, result, None)
     comparison = _compare(recipe, setup, _known_losses(recipe, loop), emit)
     if comparison is not None:
@@ -42,8 +43,7 @@ def finish(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop, emit: 
         if result.samples:
             write_atomically(place.samples, samples_page(comparison, f"Samples of {place.path.resolve().name}"))
         _save_adapter(recipe, setup, result, comparison)
-    records = [json.loads(line) for line in place.metrics.read_text(encoding="utf-8").splitlines()]
-    replace_file(place.plot, loss_plot(records, place.path.resolve().name), CheckpointError)
+    replace_file(place.plot, loss_plot(_records(place), place.path.resolve().name), CheckpointError)
     write_atomically(place.result, to_json(_plain(result)) + "\n")
     return result
 
@@ -55,9 +55,20 @@ def read_result(place: RunDirectory) -> Result | None:
         return None
     try:
         samples = tuple(Answers(**sample) for sample in values.pop("samples"))
-        return Result(**values, samples=samples, run=place.path, adapter=place.adapter)
+        speed = values.pop("speed", None)
+        return Result(
+            **values,
+            speed=None if speed is None else Speed(**speed),
+            samples=samples,
+            run=place.path,
+            adapter=place.adapter,
+        )
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{place.result} is of another sideroad ({error}); remove it and resume") from error
+
+
+def _records(place: RunDirectory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in place.metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def _choose_weights(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop) -> None:
@@ -70,7 +81,7 @@ def _choose_weights(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loo
     setup.attached.load(NAME, adapter)
 
 
-def _result(place: RunDirectory, recipe: Recipe, loop: Loop) -> Result:
+def _result(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop) -> Result:
     progress = loop.progress
     kept: Kept = recipe.train.keep
     return Result(
@@ -86,6 +97,7 @@ def _result(place: RunDirectory, recipe: Recipe, loop: Loop) -> Result:
         best_step=progress.best_step,
         stopped_early=progress.stopped,
         seconds=progress.seconds,
+        speed=speed_of(_records(place), setup.work, setup.limit),
     )
 
 

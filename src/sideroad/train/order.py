@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sideroad.data.batches import plan_epoch
+from sideroad.data.sharing import group
 from sideroad.train.settings import OptimConfig, TrainConfig
 
 MicroBatch = tuple[int, ...]
@@ -27,13 +28,24 @@ class Order:
         lengths: tokens of each example.
         seed: of the data order alone.
         packed: rows are packed, so grouping by length gains nothing.
+        ids: tokens of each example, where common beginnings are computed once: the examples of a step are then dealt
+            to its micro-batches so that they meet. Which examples make up a step does not change.
     """
 
-    def __init__(self, lengths: Sequence[int], optim: OptimConfig, *, seed: int, packed: bool) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        optim: OptimConfig,
+        *,
+        seed: int,
+        packed: bool,
+        ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self._lengths = lengths
         self._optim = optim
         self._seed = seed
         self._packed = packed
+        self._ids = ids
         self._cached: tuple[int, list[MicroBatch]] | None = None
 
     def epoch(self, number: int) -> list[MicroBatch]:
@@ -56,7 +68,11 @@ class Order:
         plan = self.epoch(cursor.epoch)
         end = cursor.batch + self._optim.accumulate
         following = Cursor(cursor.epoch, end) if end < len(plan) else Cursor(cursor.epoch + 1, 0)
-        return plan[cursor.batch : end], following
+        chosen = plan[cursor.batch : end]
+        # by tokens, a batch's size is limited by what is in it, so its members stay
+        if self._ids is not None and len(chosen) > 1 and self._optim.batch_tokens is None:
+            chosen = group(chosen, self._ids)
+        return chosen, following
 
     def steps(self, config: TrainConfig) -> Iterator[list[MicroBatch]]:
         """Every step of a run from its beginning, as many as the epochs and `max_steps` allow."""

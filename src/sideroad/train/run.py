@@ -139,6 +139,7 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
             validation_examples=len(setup.material.validation_examples),
             tokens=sum(len(examples[index].ids) for step in plan for batch in step for index in batch),
             trained_tokens=sum(examples[index].trained_tokens for step in plan for batch in step for index in batch),
+            saved_tokens=setup.saved_tokens,
             packed=setup.route.isolates,
             trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),
             device=setup.environment["device"],

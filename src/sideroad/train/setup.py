@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from sideroad.attaching import Attached, attach
 from sideroad.base.loading import Base, load_base
 from sideroad.data.batches import plan_epoch
 from sideroad.data.dataset import Loaded, load_data
+from sideroad.data.encode import Encoded
 from sideroad.data.findings import refuse
+from sideroad.data.sharing import group, saved_tokens
 from sideroad.errors import ConfigError, TrainingError
 from sideroad.kernels.isolation import PackingRoute, choose_route
 from sideroad.train.environment import describe
@@ -25,6 +28,7 @@ from sideroad.train.loop import Material
 from sideroad.train.order import Order
 from sideroad.train.recipe import Recipe
 from sideroad.train.seeds import derive
+from sideroad.train.speed import Work, expected_seconds, measure_limit, work_of
 
 Emit = Callable[[Event], None]
 
@@ -34,7 +38,11 @@ NAME = "default"
 
 @dataclass(frozen=True)
 class Setup:
-    """A run ready to begin. `vocabulary` is the number of logits the model gives; `environment` goes into env.json."""
+    """A run ready to begin.
+
+    `vocabulary` is the number of logits the model gives; `environment` goes into env.json; `limit` are the operations a
+    second that this machine's matrix products reach; `saved_tokens` is what shared beginnings save over the whole run.
+    """
 
     base: Base
     data: Loaded
@@ -44,6 +52,9 @@ class Setup:
     material: Material
     vocabulary: int
     environment: Mapping[str, Any]
+    work: Work
+    limit: float
+    saved_tokens: int
 
 
 def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool, emit: Emit) -> Setup:
@@ -59,7 +70,11 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
         _enable_checkpointing(base)
     route = _choose_route(recipe, base, recorded, emit)
     packed = route.isolates
-    execution = _choose_execution(recipe, base, data, route, recorded, emit)
+    parameters = attached.parameters(NAME)
+    work = work_of(base.model, sum(one.numel() for one in parameters.values()))
+    limit = measure_limit(base.device, base.dtype, base.model)
+    seconds = expected_seconds(work, limit, *_expected_tokens(recipe, data))
+    execution = _choose_execution(recipe, base, route, seconds, recorded, emit)
     examples = data.train.examples
     validation = data.validation.examples if data.validation else ()
     order = Order(
@@ -67,15 +82,16 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
         recipe.optim,
         seed=derive(recipe.seed, "data"),
         packed=packed,
+        ids=[example.ids for example in examples] if execution.shares else None,
     )
     material = Material(
         model=base.model,
-        parameters=attached.parameters(NAME),
+        parameters=parameters,
         snapshot=lambda: _snapshot(attached, base),
         examples=examples,
         validation_examples=validation,
         order=order,
-        validation=_validation_plan(recipe, data, packed=packed),
+        validation=_validation_plan(recipe, data, packed=packed, shared=execution.shares),
         execution=execution,
         device=base.device,
         fingerprint=fingerprint(
@@ -93,7 +109,8 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
         execution=execution.to_json(),
         base=base.identity.to_json(),
     )
-    return Setup(base, data, attached, route, order, material, _vocabulary(base), environment)
+    saved = _saved_tokens(recipe, order, examples) if execution.shares else 0
+    return Setup(base, data, attached, route, order, material, _vocabulary(base), environment, work, limit, saved)
 
 
 def _load_base(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool, emit: Emit) -> Base:
@@ -116,16 +133,36 @@ def _load_data(recipe: Recipe, base: Base, *, offline: bool, emit: Emit) -> Load
     return data
 
 
-def _validation_plan(recipe: Recipe, data: Loaded, *, packed: bool) -> list[tuple[int, ...]]:
+def _validation_plan(recipe: Recipe, data: Loaded, *, packed: bool, shared: bool) -> list[tuple[int, ...]]:
     """Micro-batches of the validation set, the same at every validation; empty without one."""
     if data.validation is None:
         return []
-    return plan_epoch(
+    plan = plan_epoch(
         data.validation.lengths,
         batch_size=recipe.optim.batch_size,
         max_tokens=recipe.optim.batch_tokens,
         group_by_length=True,
         padded=not packed,
+    )
+    # the sum does not care who stands beside whom, so those that share most do
+    return group(plan, [example.ids for example in data.validation.examples]) if shared else plan
+
+
+def _expected_tokens(recipe: Recipe, data: Loaded) -> tuple[int, int]:
+    """About how many tokens a run goes through, and how many of them are trained."""
+    lengths, optim = data.train.lengths, recipe.optim
+    total, trained = sum(lengths), sum(example.trained_tokens for example in data.train.examples)
+    step = optim.accumulate * (optim.batch_tokens or (optim.batch_size or 1) * total / len(lengths))
+    tokens = min(recipe.train.epochs * total, (recipe.train.max_steps or math.inf) * step)
+    return round(tokens), round(tokens * trained / total)
+
+
+def _saved_tokens(recipe: Recipe, order: Order, examples: Sequence[Encoded]) -> int:
+    """Tokens that shared beginnings save over the run."""
+    return sum(
+        saved_tokens([examples[index].ids for index in batch])
+        for step in order.steps(recipe.train)
+        for batch in step
     )
 
 
@@ -152,8 +189,8 @@ def _choose_route(recipe: Recipe, base: Base, recorded: Mapping[str, Any] | None
 def _choose_execution(
     recipe: Recipe,
     base: Base,
-    data: Loaded,
     route: PackingRoute,
+    seconds: float,
     recorded: Mapping[str, Any] | None,
     emit: Emit,
 ) -> Execution:
@@ -163,7 +200,7 @@ def _choose_execution(
         recipe.train,
         pad_id=base.tokenizer.pad_token_id,
         share=recipe.data.share_prefixes == "auto",
-        seconds=None,
+        seconds=seconds,
         recorded=None if recorded is None else recorded.get("execution"),
     )
     for note in execution.notes:

@@ -1,0 +1,66 @@
+"""Peak memory of a side of `bench/train.py`: one fresh process per side and cell, above the loaded model."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import resource
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from cells import batches, padded_tokens
+from sides import SIDES, arrange, load, maker
+
+TRAIN = Path(__file__).with_name("train.py")
+LARGEST = 3
+"""Steps that are taken: the largest of the timed ones, which set a run's peak."""
+
+
+def measure_memory(side: str, cell: str, options: argparse.Namespace) -> int:
+    """Return the bytes that the largest steps of one side need at their peak, above the model and the side's code."""
+    base = load(options.base, options.dtype)
+    given = arrange(side, batches(cell, base.tokenizer, options.data, options.steps), 0)
+    largest = sorted(given, key=padded_tokens)[-LARGEST:]
+    for module in SIDES[side].modules:
+        importlib.import_module(module)
+    gc.collect()
+    before = _restart_peak()
+    with ExitStack() as stack:
+        step, _ = maker(side, options.compile == "on")(base, largest, stack)
+        for turn in range(len(largest)):
+            step(turn)
+    return max(0, _peak_bytes() - before)
+
+
+def memory_of(side: str, cell: str, options: argparse.Namespace) -> int:
+    """Run `measure_memory` in a process of its own."""
+    kept = ("base", "dtype", "steps", "threads", "compile", "data")
+    settings = [part for name in kept for part in (f"--{name}", str(getattr(options, name)))]
+    command = [sys.executable, str(TRAIN), "--memory", side, "--cells", cell, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"measuring the memory of {side} on {cell} failed:\n{done.stderr.strip()}")
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def _restart_peak() -> int:
+    """Set the process's peak back to what it holds now, where the system can, and return that in bytes."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak_bytes()
+    return _status_bytes("VmRSS")
+
+
+def _peak_bytes() -> int:
+    if Path("/proc/self/status").exists():
+        return _status_bytes("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
