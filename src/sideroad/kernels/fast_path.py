@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sideroad.kernels.fast_attention import FastAttention, match_attention
 from sideroad.kernels.live import projection_of, refusal
+from sideroad.kernels.packed_attention import is_installed
 from sideroad.kernels.pieces import Pieces
 from sideroad.kernels.stand_ins import Family, FastGatedMlp, FastLinear, FastNorm
 from sideroad.kernels.structure import Gated, Norm, match_gated, match_norm, siblings
@@ -30,6 +32,7 @@ class FastPlan:
     families: tuple[tuple[str, ...], ...]
     gated: Mapping[str, Gated]
     norms: Mapping[str, Norm]
+    attentions: tuple[str, ...]
     plain: Mapping[str, str]
 
     def lines(self) -> list[str]:
@@ -39,6 +42,7 @@ class FastPlan:
         found = [f"{linear} linear layers ({families} groups on one input)"] if linear else []
         found += [f"{len(self.gated)} gated blocks"] if self.gated else []
         found += [f"{len(self.norms)} RMSNorms"] if self.norms else []
+        found += [f"{len(self.attentions)} rotary attentions"] if self.attentions else []
         lines = [f"fast path: {', '.join(found)}" if found else "fast path: nothing of this model matches it"]
         by_reason: dict[str, list[str]] = {}
         for path, reason in self.plain.items():
@@ -52,7 +56,8 @@ class FastPlan:
 def plan_fast_path(model: nn.Module, arguments: Mapping[str, Any]) -> FastPlan:
     """Find what can be taken over, by structure and by asking the modules themselves.
 
-    Runs the model once on a few tokens; mode, gradients and random state stay as they are.
+    Runs the model once on a few tokens; mode, gradients and random state stay as they are. Attention is taken over only
+    where segmented attention is in force (see `isolation.packing`).
 
     Args:
         arguments: of a short forward pass, such as a row of a few token ids.
@@ -62,12 +67,13 @@ def plan_fast_path(model: nn.Module, arguments: Mapping[str, Any]) -> FastPlan:
     with torch.random.fork_rng(devices=devices), in_eval_mode(model), torch.no_grad():
         norms = {path: norm for path, module in modules.items() if (norm := match_norm(module)) is not None}
         gated = {path: block for path, module in modules.items() if (block := match_gated(module)) is not None}
+        attentions = tuple(path for path, module in modules.items() if is_installed(model) and match_attention(module))
         adapted = {path: module for path, module in modules.items() if deltas_of(module) is not None}
         reasons = {path: _reason(module) for path, module in adapted.items()}
         plain = {path: reason for path, reason in reasons.items() if reason is not None}
         ready = {path: module for path, module in adapted.items() if path not in plain}
         families = tuple(siblings(model, ready, dict(arguments)))
-    return FastPlan(families, gated, norms, plain)
+    return FastPlan(families, gated, norms, attentions, plain)
 
 
 @contextmanager
@@ -94,6 +100,8 @@ def fast_path(model: nn.Module, plan: FastPlan, pieces: Pieces) -> Iterator[None
             take(path, FastGatedMlp(model.get_submodule(path), gated, pieces))
         for path, norm in plan.norms.items():
             take(path, FastNorm(norm, pieces))
+        for path in plan.attentions:
+            take(path, FastAttention(model.get_submodule(path), pieces))
         yield
     finally:
         for module in taken:

@@ -103,9 +103,9 @@ def window(model: nn.Module) -> int | None:
 
     A sequence up to this length is attended in full by every layer; a longer one needs the model's own mask.
     """
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    config = getattr(model, "config", None)
     names = ("sliding_window", "attention_chunk_size", "window_size")
-    found = [getattr(config, name, None) for config in configs for name in names]
+    found = [getattr(each, name, None) for each in _with_parts(config) for name in names]
     return min((size for size in found if isinstance(size, int) and size > 0), default=None)
 
 
@@ -208,6 +208,13 @@ def _mask(*positional: Any, **named: Any) -> Tensor | None:
         return None
     mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[REPLACED](*positional, **named)
     return mask
+
+
+def _with_parts(config: Any) -> Iterator[Any]:
+    """A configuration and those of its parts."""
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        yield from _with_parts(getattr(config, name, None))
 
 
 def _implementations(config: Any) -> dict[str, Any]:

@@ -77,27 +77,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: [tokens, 1, width], likewise sin.
     """
     half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat(
-        (
-            first * cos[..., :half] - second * sin[..., :half],
-            second * cos[..., half:] + first * sin[..., half:],
-        ),
-        dim=-1,
-    )
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return rotated
 
 
 def rotate_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return the gradient of `rotate`'s input."""
     half = dy.shape[-1] // 2
-    first, second = dy[..., :half], dy[..., half:]
-    return torch.cat(
-        (
-            first * cos[..., :half] + second * sin[..., half:],
-            second * cos[..., half:] - first * sin[..., :half],
-        ),
-        dim=-1,
-    )
+    dx = dy * cos
+    dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
+    dx[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
+    return dx
 
 
 def exponentials(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,8 @@ def choose_execution(
     if not config.fast:
         return Execution(model, route, pad_id, None, None, EAGER, 0, ("fast path: off, as the recipe says",))
     short = {"input_ids": torch.arange(_SHORT_ROW, device=next(model.parameters()).device)[None]}
-    plan, head = plan_fast_path(model, short), find_head(model, short)
+    with packing(model, route):
+        plan, head = plan_fast_path(model, short), find_head(model, short)
     notes = plan.lines()
     if isinstance(head, str):
         notes.append(f"not on the fast path: head and loss: {head}")

@@ -41,8 +41,9 @@ def build(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> AdamW:
         for kind, rate in rates.items()
         if members[kind]
     ]
-    on_cuda = all(parameter.is_cuda for parameter in parameters.values())
-    return AdamW(groups, betas=config.betas, eps=config.eps, fused=True if on_cuda else None, foreach=None)
+    # hundreds of small tensors: one call for all instead of eight for each
+    fused = {parameter.device.type for parameter in parameters.values()} <= {"cpu", "cuda"}
+    return AdamW(groups, betas=config.betas, eps=config.eps, fused=True if fused else None, foreach=None)
 
 
 def set_rate(optimizer: AdamW, factor: float) -> float:
