@@ -35,6 +35,9 @@ class Batch:
         computed_tokens: all positions, padding included, shared beginnings once.
         segments: how the sequences of a packed row hang together; None for padded rows.
         extra: (places, targets), each [any] int64, beyond the first target of a place: where sequences part.
+        origins: [length] int64, where beginnings are shared: for each place, the index of its token among the tokens
+            of all examples, one after another as they were given.
+        hidden: [rows, length, width], what enters the first adapted block, where that is known already.
     """
 
     input_ids: Tensor
@@ -47,6 +50,8 @@ class Batch:
     computed_tokens: int
     segments: Segments | None = None
     extra: tuple[Tensor, Tensor] | None = None
+    origins: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 def plan_epoch(

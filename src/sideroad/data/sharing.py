@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -18,10 +18,11 @@ SHORTEST = 8
 
 @dataclass
 class _Tree:
-    """Segments as they are laid down, and for each sequence the places of its tokens."""
+    """Segments as they are laid down, for each place a sequence that it is of, and for each sequence its places."""
 
     ids: list[int]
     positions: list[int]
+    owners: list[int]
     segments: list[Segment]
     places: list[list[int]]
 
@@ -41,7 +42,7 @@ def share(examples: Sequence[Encoded], shortest: int = SHORTEST) -> Batch | None
     common = _common(rows)
     if max(common, default=0) < shortest:
         return None
-    tree = _Tree([], [], [], [[] for _ in rows])
+    tree = _Tree([], [], [], [], [[] for _ in rows])
     _lay(tree, rows, common, range(len(rows)), 0, shortest)
     first: dict[int, int] = {}
     places, targets = [], []
@@ -52,6 +53,8 @@ def share(examples: Sequence[Encoded], shortest: int = SHORTEST) -> Batch | None
                 targets.append(target)
             else:
                 first[place] = target
+    starts = [0, *accumulate(len(example) for example in examples)]
+    origins = [starts[ordered[owner]] + at for owner, at in zip(tree.owners, tree.positions, strict=True)]
     wanted = [first.get(place, IGNORED) for place in range(len(tree.ids))]
     return Batch(
         input_ids=torch.tensor([tree.ids]),
@@ -64,6 +67,7 @@ def share(examples: Sequence[Encoded], shortest: int = SHORTEST) -> Batch | None
         computed_tokens=len(tree.ids),
         segments=tuple(tree.segments),
         extra=(torch.tensor(places, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)),
+        origins=torch.tensor(origins),
     )
 
 
@@ -118,6 +122,7 @@ def _lay(
         number, start = len(tree.segments), len(tree.ids)
         tree.ids += rows[family.start][depth:until]
         tree.positions += range(depth, until)
+        tree.owners += [family.start] * (until - depth)
         stop = len(tree.ids)
         for member in family:
             tree.places[member] += range(start, stop)

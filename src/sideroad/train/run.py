@@ -67,7 +67,9 @@ def train(
         checkpoint.clean(place.checkpoints)
         begun = resume and bool(checkpoint.listed(place.checkpoints))
         recorded = place.read_json(place.environment) if begun else None
-        setup = prepare(recipe, recorded, offline=offline, emit=emit)
+        setup = prepare(recipe, recorded, offline=offline, emit=emit, folder=place.path)
+        if setup.material.execution.store is not None:
+            stack.callback(setup.material.execution.store.close)
         stack.enter_context(packing(setup.base.model, setup.route))  # scoring at the end packs too
         if resume and not begun:
             emit(Note(f"{place.path} has no checkpoint yet; starting from the beginning"))

@@ -13,6 +13,7 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 Keep = Literal["last", "best"]
 Tracker = Literal["tensorboard", "wandb"]
 Compile = Literal["auto", "on", "off"]
+CacheFrozen = Literal["auto", "off"]
 
 WSD_DECAY_RATIO = 0.2
 
@@ -104,6 +105,13 @@ class TrainConfig(Settings):
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
     fast: bool = True
     """Fused kernels where the model's structure matches them, equal to the plain path up to rounding; false: never."""
+    cache_frozen: CacheFrozen = "auto"
+    """Keep what enters the first adapted block, so that the blocks below are computed once per example and not in every
+    epoch: `auto`, where that is exact and examples come again, or `off`."""
+    frozen_memory_mb: Annotated[int, Field(ge=0)] = 1024
+    """Memory for that, in MB; what does not fit goes to a file in the run directory."""
+    frozen_disk_mb: Annotated[int, Field(ge=0)] = 8192
+    """Largest size of that file, in MB; what fits nowhere is computed each time."""
     compile: Compile = "auto"
     """Compile the elementwise pieces of the fast path: `on`, `off`, or `auto`, if the run is long enough to earn it."""
     trackers: tuple[Tracker, ...] = ()

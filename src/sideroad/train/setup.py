@@ -32,6 +32,9 @@ from sideroad.train.speed import Work, expected_seconds, measure_limit, work_of
 
 Emit = Callable[[Event], None]
 
+FROZEN_FILE = "frozen.cache"
+"""Where a run keeps what enters its first adapted block, if memory is too small for it."""
+
 NAME = "default"
 """The adapter's name on the model while it trains."""
 
@@ -57,11 +60,14 @@ class Setup:
     saved_tokens: int
 
 
-def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool, emit: Emit) -> Setup:
+def prepare(
+    recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool, emit: Emit, folder: Path | None = None
+) -> Setup:
     """Load the base and the data, check both, attach a fresh adapter, and decide about packing.
 
     Args:
         recorded: env.json of the run being resumed, whose probed dtype is used again; None for a new run.
+        folder: for a large temporary file, if one is needed; the current directory by default.
     """
     base = _load_base(recipe, recorded, offline=offline, emit=emit)
     data = _load_data(recipe, base, offline=offline, emit=emit)
@@ -74,9 +80,12 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
     work = work_of(base.model, sum(one.numel() for one in parameters.values()))
     limit = measure_limit(base.device, base.dtype, base.model)
     seconds = expected_seconds(work, limit, *_expected_tokens(recipe, data))
-    execution = _choose_execution(recipe, base, route, seconds, recorded, emit)
     examples = data.train.examples
     validation = data.validation.examples if data.validation else ()
+    execution = _choose_execution(recipe, base, route, seconds, recorded)
+    kept = execution.keeping([*examples, *validation], recipe.train, (folder or Path.cwd()) / FROZEN_FILE)
+    for note in execution.notes if kept is execution else (*execution.notes, *kept.notes):
+        emit(Note(note))
     order = Order(
         data.train.lengths,
         recipe.optim,
@@ -92,7 +101,7 @@ def prepare(recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool
         validation_examples=validation,
         order=order,
         validation=_validation_plan(recipe, data, packed=packed, shared=execution.shares),
-        execution=execution,
+        execution=kept,
         device=base.device,
         fingerprint=fingerprint(
             recipe,
@@ -192,20 +201,17 @@ def _choose_execution(
     route: PackingRoute,
     seconds: float,
     recorded: Mapping[str, Any] | None,
-    emit: Emit,
 ) -> Execution:
-    execution = choose_execution(
+    return choose_execution(
         base.model,
         route,
         recipe.train,
         pad_id=base.tokenizer.pad_token_id,
         share=recipe.data.share_prefixes == "auto",
+        repeats=recipe.train.epochs > 1 or recipe.data.validation is not None,
         seconds=seconds,
         recorded=None if recorded is None else recorded.get("execution"),
     )
-    for note in execution.notes:
-        emit(Note(note))
-    return execution
 
 
 def _enable_checkpointing(base: Base) -> None:
