@@ -37,13 +37,29 @@ def causal_loss(
         the sum (fp32 scalar, differentiable; 0 when nothing is predicted) and the count.
     """
     wanted = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
-    keeps = "logits_to_keep" in _parameters(model)
     segments = None if lengths is None else apart(lengths)
-    logits = forward_logits(model, input_ids, position_ids, attention_mask, segments, wanted if keeps else None)
+    logits = chosen_logits(model, input_ids, position_ids, attention_mask, segments, wanted)
     kept = targets[:, wanted]
-    if not keeps:
-        logits = logits[:, wanted]
     return cross_entropy_sum(logits.flatten(0, 1), kept.flatten()), int((kept != IGNORED).sum())
+
+
+def chosen_logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None,
+    positions: Tensor,
+) -> Tensor:
+    """Run the model and return its logits at some positions of every row, [rows, n, vocabulary].
+
+    Args:
+        positions: [n] ascending; only these are computed where the model lets them be chosen.
+    """
+    given = (input_ids, position_ids, attention_mask, segments)
+    if "logits_to_keep" in _parameters(model):
+        return forward_logits(model, *given, positions)
+    return forward_logits(model, *given)[:, positions]
 
 
 def forward_logits(

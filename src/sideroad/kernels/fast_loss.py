@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from sideroad.kernels.causal_loss import forward_arguments, forward_logits
+from sideroad.kernels.causal_loss import chosen_logits, forward_arguments
 from sideroad.kernels.cross_entropy import cross_entropy_sum
 from sideroad.kernels.head import Head
 from sideroad.kernels.head_loss import head_loss
@@ -33,7 +34,9 @@ def fast_loss(
     given = (input_ids, position_ids, attention_mask, segments)
     projection = None if head is None else head.projection()
     if head is None or projection is None:
-        logits = forward_logits(model, *given).flatten(0, 1)[predictions.places]
+        length = input_ids.shape[1]
+        columns, at = torch.unique(predictions.places % length, return_inverse=True)
+        logits = chosen_logits(model, *given, columns)[predictions.places // length, at]
         return cross_entropy_sum(logits[predictions.owners], predictions.targets)
     with forward_arguments(model, *given) as arguments:
         hidden = head.hidden(model, arguments)
