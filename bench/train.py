@@ -1,288 +1,216 @@
-"""sideroad's training step beside a bare PEFT loop: same rows, same base, same dtype, interleaved in one process.
+"""sideroad's training step beside a bare PEFT loop and TRL: same rows, base and dtype, interleaved in one process.
 
-    python bench/train.py [--dtype bfloat16] [--steps 9] [--cells quickstart] [--base NAME]
+    python bench/train.py [--cells quickstart] [--sides a c sideroad] [--compiled] [--steps 9] [--start] [--equal]
 
-The PEFT side is what a plain user writes: the Hugging Face model, `get_peft_model` with rank 8 on all linear layers,
-batches padded on the right, labels, AdamW. The sideroad side is the step that `sideroad train` takes. Peak memory comes
-from one fresh process per side and cell, above what was resident once the model was loaded. Prints a table and writes
-one JSON file. Run it on a quiet machine; under 8 % is noise.
+Sides train LoRA of rank 8 on all linear layers: `a` is the loop that a plain user of PEFT writes, on padded random
+batches; `b` the same with rows sorted by length; `c` TRL's SFTTrainer at its defaults; `d1` and `d2` TRL in full
+precision with padding_free and with packing; `sideroad` the step that `sideroad train` takes. On every batch each side
+takes its step in turn, in rotating order. Real tokens are those that are not padding, with multiplicity also where
+sideroad computes a common beginning once. Peak memory comes from one fresh process per side and cell, above the model.
+
+Prints a table and the bars of speed and memory, and writes one JSON and one plot; cells measured earlier on the same
+machine, versions and settings stay in them. `--start` times processes up to their first step, `--equal` compares the
+losses of the fast path with those of the plain one. Run it on a quiet machine; differences under 8 % are noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
-import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import environment
 import torch
+import train_report
+from cells import CELLS, ROOT, batches, missing, padded_tokens, real_tokens
+from sides import DTYPES, SIDES, arrange, load, maker
+from train_equal import CELL as EQUAL_CELL
+from train_equal import compare_paths
+from train_memory import measure_memory, memory_of
+from train_peers import Step
+from train_start import measure_start
 
-from sideroad import __version__
-from sideroad.attaching import attach
 from sideroad.base.config import BaseConfig
-from sideroad.base.loading import Base, load_base, load_tokenizer
-from sideroad.config import AdapterConfig, LoraMethod
-from sideroad.data.batches import collate, plan_epoch
-from sideroad.data.config import DataConfig
-from sideroad.data.dataset import load_data
-from sideroad.data.encode import Encoded
-from sideroad.kernels.isolation import choose_route, packing
-from sideroad.train.progress import Progress
-from sideroad.train.settings import OptimConfig
-from sideroad.train.steps import Stepper
-from sideroad.train.watchdog import Watchdog
+from sideroad.base.loading import load_tokenizer
+from sideroad.base.locate import locate
 
-ROOT = Path(__file__).resolve().parent.parent
-CELLS = {
-    "1x512": "one sequence of 512 tokens, all trained",
-    "2x512": "two sequences of 512 tokens, all trained",
-    "quickstart": "quick start rows through the chat template, random batches of 8",
-    "quickstart-sorted": "the same rows, batches of 8 of similar length",
-}
-SIDES = ("peft", "sideroad")
-RANK, ALPHA, RATE = 8, 16, 1e-4
-WARM_UP = 2
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-Rows = Sequence[Encoded]
-Step = Callable[[Rows], float]
-"""Takes one optimizer step on a batch; returns its mean loss."""
+RESULTS = ROOT / "bench/results"
+Turn = tuple[float, int, float]
+"""Loss, real tokens and seconds of a step."""
 
 
-def peft_side(base: Base, _steps: int, _stack: ExitStack) -> Step:
-    """A bare PEFT loop, as its documentation teaches it."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-    model = get_peft_model(base.model, config)
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    pad = base.tokenizer.pad_token_id
-
-    def step(rows: Rows) -> float:
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([row.ids + [pad] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        kept = [[token if on else -100 for token, on in zip(row.ids, row.trained, strict=True)] for row in rows]
-        labels = torch.tensor([row + [-100] * (longest - len(row)) for row in kept])
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step
-
-
-def sideroad_side(base: Base, steps: int, stack: ExitStack) -> Step:
-    """The step of `sideroad train`: packed where the model keeps sequences apart, loss only where there is a label."""
-    route = choose_route(base.model)
-    stack.enter_context(packing(base.model, route))
-    handle = attach(base.model, AdapterConfig(method=LoraMethod(rank=RANK, alpha=ALPHA)), seed=0)
-    parameters = handle.parameters("default")
-    dtype = str(base.dtype).removeprefix("torch.")
-    watchdog = Watchdog(base.model.config.vocab_size, dtype, parameters)
-    optim = OptimConfig(lr=RATE, schedule="constant", warmup_ratio=0.0)
-    stepper = Stepper(base.model, parameters, optim, watchdog, steps=steps, seed=0)
-    state = {"progress": Progress()}
-
-    def step(rows: Rows) -> float:
-        batch = collate(rows, packed=route.isolates, pad_id=base.tokenizer.pad_token_id)
-        prepared = stepper.prepare(state["progress"], [batch], [[row.source for row in rows]])
-        stepper.apply(prepared)
-        state["progress"] = prepared.progress
-        return prepared.loss
-
-    return step
-
-
-MAKERS: dict[str, Callable[[Base, int, ExitStack], Step]] = {"peft": peft_side, "sideroad": sideroad_side}
-
-
-def batches(cell: str, tokenizer: Any, count: int) -> list[list[Encoded]]:
-    """Return `count` batches of a cell, the same on every call."""
-    examples = load_data(DataConfig(train=str(ROOT / "examples/quickstart/train.jsonl")), tokenizer).train.examples
-    if "x" in cell:
-        rows, length = (int(part) for part in cell.split("x"))
-        tokens = [token for example in examples for token in example.ids]
-        marks = [False] + [True] * (length - 1)
-        pieces = [Encoded(tokens[at : at + length], marks, "text") for at in range(0, count * rows * length, length)]
-        return [pieces[at : at + rows] for at in range(0, count * rows, rows)]
-    lengths = [len(example) for example in examples]
-    plan = plan_epoch(lengths, batch_size=8, seed=0, group_by_length=cell.endswith("sorted"))
-    return [[examples[index] for index in batch] for batch in plan[:count]]
-
-
-def load(arguments: argparse.Namespace) -> Base:
-    """Load the base in the dtype asked for."""
-    return load_base(BaseConfig(model=arguments.base), dtype=DTYPES[arguments.dtype])
-
-
-def time_cell(cell: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time both sides on one cell, alternating which goes first."""
+def time_cell(name: str, options: argparse.Namespace) -> train_report.Cell:
+    """Time the sides on one cell; a peer that refuses it is left out, with its reason."""
+    count = options.warm_up + options.steps
+    tokenizer = load_tokenizer(BaseConfig(model=options.base))
+    given = batches(name, tokenizer, options.data, count)
+    steps: dict[str, Step] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
     with ExitStack() as stack:
-        bases = {side: load(arguments) for side in SIDES}
-        given = batches(cell, bases["peft"].tokenizer, arguments.steps + WARM_UP)
-        steps = {side: MAKERS[side](bases[side], len(given), stack) for side in SIDES}
-        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-        losses: dict[str, list[float]] = {side: [] for side in SIDES}
-        for index, rows in enumerate(given):
-            for side in SIDES if index % 2 else reversed(SIDES):
-                started = time.perf_counter()
-                losses[side].append(steps[side](rows))
-                seconds[side].append(time.perf_counter() - started)
-    gc.collect()
-    real = [sum(len(row) for row in rows) for rows in given][WARM_UP:]
-    padded = [len(rows) * max(len(row) for row in rows) for rows in given][WARM_UP:]
-    timed = {side: seconds[side][WARM_UP:] for side in SIDES}
-    result: dict[str, Any] = {
-        "what": CELLS[cell],
-        "real_tokens": statistics.mean(real),
-        "padded_tokens": statistics.mean(padded),
-        "speed_ratio": statistics.median(p / s for p, s in zip(timed["peft"], timed["sideroad"], strict=True)),
-    }
-    for side in SIDES:
-        result[side] = {
-            "tokens_per_second": statistics.median(n / s for n, s in zip(real, timed[side], strict=True)),
-            "seconds": timed[side],
-            "first_loss": losses[side][0],
-        }
-    return result
-
-
-def measure_memory(side: str, cell: str, arguments: argparse.Namespace) -> int:
-    """Return the bytes that three steps of one side need above the loaded model, at their peak."""
-    base = load(arguments)
-    given = batches(cell, base.tokenizer, arguments.steps + WARM_UP)
-    # The three largest of the timed batches: a run's peak is set by them.
-    largest = sorted(given, key=lambda rows: len(rows) * max(len(row) for row in rows))[-3:]
-    gc.collect()
-    before = _restart_peak()
-    with ExitStack() as stack:
-        step = MAKERS[side](base, 3, stack)
-        for rows in largest:
-            step(rows)
-    return max(0, _peak_bytes() - before)
-
-
-def memory_of(side: str, cell: str, arguments: argparse.Namespace) -> int:
-    """Run `measure_memory` in a process of its own."""
-    options = ["--memory", side, "--cells", cell, "--dtype", arguments.dtype, "--base", arguments.base]
-    command = [sys.executable, __file__, *options, "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"measuring the memory of {side} on {cell} failed:\n{done.stderr.strip()}")
-    return int(done.stdout.strip().splitlines()[-1])
-
-
-def _restart_peak() -> int:
-    """Set the process's peak back to what it holds now, where the system can, and return that in bytes."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak_bytes()
-    return _status_bytes("VmRSS")
-
-
-def _peak_bytes() -> int:
-    if Path("/proc/self/status").exists():
-        return _status_bytes("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the versions and the machine that the numbers belong to."""
-    packages = ("torch", "transformers", "peft")
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        for side in options.sides:
+            try:
+                own = arrange(side, given, options.warm_up)
+                make = maker(side, options.compile == "on")
+                steps[side], facts[side] = make(load(options.base, options.dtype), own, stack)
+            except Exception as error:  # whatever a peer raises on what is asked of it is its refusal
+                if not SIDES[side].peer:
+                    raise
+                left_out[side] = _reason(side, error)
+        measured = _interleave(steps, count, left_out)
+    timed = given[options.warm_up :]
     return {
-        "sideroad": __version__,
-        **{name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "cpu": models[0] if models else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "base": arguments.base,
-        "dtype": arguments.dtype,
-        "timed_steps": arguments.steps,
+        "what": CELLS[name].what,
+        "real_tokens": statistics.mean(map(real_tokens, timed)),
+        "padded_tokens": statistics.mean(map(padded_tokens, timed)),
+        "timed_steps": options.steps,
+        "sides": {side: _numbers(turns, options.warm_up, facts[side]) for side, turns in measured.items()},
+        "left_out": left_out,
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """Return the results as lines of text."""
-    head = f"{'cell':<19}{'real/padded':>13}{'PEFT tok/s':>12}{'ours tok/s':>12}{'speed':>8}"
-    lines = [head + f"{'PEFT MB':>10}{'ours MB':>9}{'memory':>8}"]
-    for name, cell in found["cells"].items():
-        ours, peft = cell["sideroad"], cell["peft"]
-        sizes = f"{cell['real_tokens']:.0f}/{cell['padded_tokens']:.0f}"
-        speeds = f"{peft['tokens_per_second']:>12.0f}{ours['tokens_per_second']:>12.0f}{cell['speed_ratio']:>7.2f}x"
-        memory = ""
-        if "peak_bytes" in ours:
-            megabytes = [side["peak_bytes"] / 1e6 for side in (peft, ours)]
-            memory = f"{megabytes[0]:>10.0f}{megabytes[1]:>9.0f}{cell['memory_ratio']:>7.2f}x"
-        lines.append(f"{name:<19}{sizes:>13}{speeds}{memory}")
-    return "\n".join(lines)
+def _numbers(turns: list[Turn], warm_up: int, facts: dict[str, Any]) -> dict[str, Any]:
+    timed = turns[warm_up:]
+    return {
+        "seconds": [taken for _, _, taken in timed],
+        "real_tokens": [real for _, real, _ in timed],
+        "first_loss": turns[0][0],
+        "facts": facts,
+    }
 
 
-def read_arguments() -> argparse.Namespace:
+def _interleave(steps: dict[str, Step], count: int, left_out: dict[str, str]) -> dict[str, list[Turn]]:
+    """Take every turn on every side, the order rotating; a peer that fails goes to `left_out`."""
+    measured: dict[str, list[Turn]] = {side: [] for side in steps}
+    for turn in range(count):
+        order = list(measured)
+        first = turn % len(order)
+        for side in order[first:] + order[:first]:
+            started = time.perf_counter()
+            try:
+                loss, real = steps[side](turn)
+            except Exception as error:  # see above
+                if not SIDES[side].peer:
+                    raise
+                left_out[side] = _reason(side, error)
+                del measured[side]
+                continue
+            measured[side].append((loss, real, time.perf_counter() - started))
+    return measured
+
+
+def _reason(side: str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    print(f"{side} ({SIDES[side].what}) is left out: {reason}", flush=True)
+    return reason
+
+
+def measure_cell(name: str, options: argparse.Namespace) -> train_report.Cell:
+    """Measure speed and memory of one cell and print them."""
+    cell = time_cell(name, options)
+    gc.collect()  # the sides' models refer to themselves; several cells of them would fill the memory
+    if not options.no_memory:
+        for side, one in cell["sides"].items():
+            one["peak_bytes"] = memory_of(side, name, options)
+    train_report.complete(cell)
+    sizes = f"{cell['real_tokens']:.0f} real of {cell['padded_tokens']:.0f} padded tokens a step"
+    print(f"\n{name}: {cell['what']}; {sizes}\n{train_report.table({name: cell})}", flush=True)
+    _compare_first_losses(cell["sides"])
+    if disturbed := train_report.disturbed(cell):
+        print(disturbed, flush=True)
+    return cell
+
+
+def _compare_first_losses(sides: dict[str, dict[str, Any]]) -> None:
+    """Show that the sides train the same tokens: adapters begin as nothing, so the first losses are one number."""
+    if "sideroad" not in sides:
+        return
+    ours = sides["sideroad"]["first_loss"]
+    others = [side for side in sides if side not in ("sideroad", "d2")]  # d2 begins with other rows
+    apart = [f"{side} {abs(sides[side]['first_loss'] / ours - 1):.1e}" for side in others]
+    print(f"first loss apart from sideroad's (relative): {', '.join(apart)}", flush=True)
+
+
+def measure_first_steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Time processes up to their first step and print that."""
+    tokenizer = load_tokenizer(BaseConfig(model=options.base))
+    (batch,) = batches("quickstart", tokenizer, options.data, 1)
+    found = measure_start(batch, locate(BaseConfig(model=options.base)).target, options)
+    ours, theirs = found["medians"]["sideroad"], found["medians"]["c"]
+    print(f"\nfirst step done after: sideroad {ours:.1f} s, {SIDES['c'].what} {theirs:.1f} s: {found['ratio']:.2f}x")
+    return found
+
+
+def measure_equality(options: argparse.Namespace) -> dict[str, Any]:
+    """Compare the loss curves of plain and fast path and print how far apart they come."""
+    found = compare_paths(options)
+    apart = found["largest_relative_difference"]
+    print(f"\n{options.equal_steps} steps on {EQUAL_CELL}: losses of fast and plain path differ by at most {apart:.1e}")
+    return found
+
+
+def read_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="what to measure")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base, on both sides")
-    parser.add_argument("--base", default="smollm2-135m-instruct", help="named model, hub id or directory")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="who takes part; default: all but the compiled one")
+    parser.add_argument("--compiled", action="store_true", help="add sideroad with compiled pieces as a side")
+    parser.add_argument("--compile", choices=("off", "on"), default="off", help="pieces of the side `sideroad`")
     parser.add_argument("--steps", type=int, default=9, help="timed steps per side and cell")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base, on every side")
+    parser.add_argument("--base", default="smollm2-135m-instruct", help="named model, hub id or directory")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="sets that are not committed")
     parser.add_argument("--no-memory", action="store_true", help="time only")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/train.json", help="where the JSON goes")
+    parser.add_argument("--start", action="store_true", help="only: time processes up to their first step")
+    parser.add_argument("--equal", action="store_true", help="only: compare losses of fast and plain path")
+    parser.add_argument("--equal-steps", type=int, default=100, help="steps of that comparison")
+    parser.add_argument("--out", type=Path, help="the JSON; default: bench/results/train.json")
     parser.add_argument("--memory", choices=SIDES, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args(given)
+    chosen = options.sides or [side for side in SIDES if side != "sideroad-compiled"]
+    options.sides = [side for side in SIDES if side in chosen or (side == "sideroad-compiled" and options.compiled)]
+    if options.out is None:
+        options.out = RESULTS / ("train.json" if options.dtype == "float32" else f"train_{options.dtype}.json")
+    return options
 
 
 def main() -> None:
-    """Measure every cell asked for."""
-    arguments = read_arguments()
-    try:
-        importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        sys.exit("bench/train.py compares with PEFT, which is not installed. Install it: pip install -e '.[dev]'")
-    torch.set_num_threads(arguments.threads)
-    if arguments.memory:
-        print(measure_memory(arguments.memory, arguments.cells[0], arguments))
+    """Measure what was asked for."""
+    options = read_arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        print(measure_memory(options.memory, options.cells[0], options))
         return
-    load_tokenizer(BaseConfig(model=arguments.base))  # fetches a missing base before anything is timed
-    found: dict[str, Any] = {"machine": machine(arguments), "cells": {}}
-    for name in arguments.cells:
-        cell = time_cell(name, arguments)
-        if not arguments.no_memory:
-            for side in SIDES:
-                cell[side]["peak_bytes"] = memory_of(side, name, arguments)
-            cell["memory_ratio"] = cell["sideroad"]["peak_bytes"] / max(1, cell["peft"]["peak_bytes"])
-        found["cells"][name] = cell
-        print(table({"cells": {name: cell}}), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    draft = arguments.out.with_suffix(".tmp")
-    draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, arguments.out)
+    environment.enter()
+    load_tokenizer(BaseConfig(model=options.base))  # fetches a missing base before anything is timed
+    header = environment.machine(options.threads, options.base, options.dtype, compiled=options.compile == "on")
+    found = train_report.read_kept(options.out, header)
+    if options.start:
+        found["start"] = measure_first_steps(options)
+    if options.equal:
+        found["equal"] = measure_equality(options)
+    if options.start or options.equal:
+        train_report.write(options.out, found)
+        return
+    for name in options.cells:
+        if (absent := missing(name, options.data)) is not None:
+            print(f"{name} is skipped: there is no {absent.name} in {absent.parent.name} of the data directory")
+            continue
+        found["cells"][name] = measure_cell(name, options)
+        train_report.write(options.out, found)
     versions = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    print(f"\n{versions}\n\n{table(found)}\n\nwritten to {arguments.out}")
+    verdicts = train_report.verdicts(found["cells"])
+    print(f"\n{versions}\n\n{train_report.table(found['cells'])}\n\n{train_report.bars(verdicts)}")
+    print(f"\nwritten to {options.out.name} and its plot")
 
 
 if __name__ == "__main__":

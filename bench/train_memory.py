@@ -11,19 +11,20 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from cells import batches, padded_tokens
+from cells import batches, padded_tokens, real_tokens
 from sides import SIDES, arrange, load, maker
 
 TRAIN = Path(__file__).with_name("train.py")
 LARGEST = 3
-"""Steps that are taken: the largest of the timed ones, which set a run's peak."""
+"""Batches that are taken for their padded size; one more for its real tokens. They set a run's peak."""
 
 
 def measure_memory(side: str, cell: str, options: argparse.Namespace) -> int:
-    """Return the bytes that the largest steps of one side need at their peak, above the model and the side's code."""
+    """Return the bytes that the largest batches of one side need at their peak, above the model and the side's code."""
     base = load(options.base, options.dtype)
-    given = arrange(side, batches(cell, base.tokenizer, options.data, options.steps), 0)
-    largest = sorted(given, key=padded_tokens)[-LARGEST:]
+    timed = batches(cell, base.tokenizer, options.data, options.warm_up + options.steps)[options.warm_up :]
+    given = arrange(side, timed, 0)
+    largest = [*sorted(given, key=padded_tokens)[-LARGEST:], max(given, key=real_tokens)]
     for module in SIDES[side].modules:
         importlib.import_module(module)
     gc.collect()
@@ -37,8 +38,8 @@ def measure_memory(side: str, cell: str, options: argparse.Namespace) -> int:
 
 def memory_of(side: str, cell: str, options: argparse.Namespace) -> int:
     """Run `measure_memory` in a process of its own."""
-    kept = ("base", "dtype", "steps", "threads", "compile", "data")
-    settings = [part for name in kept for part in (f"--{name}", str(getattr(options, name)))]
+    kept = ("base", "dtype", "steps", "warm_up", "threads", "compile", "data")
+    settings = [part for name in kept for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     command = [sys.executable, str(TRAIN), "--memory", side, "--cells", cell, *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -10,13 +10,14 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from cells import Batches, Rows
+Rows = Sequence[Any]
+"""Encoded rows: each has `ids`, and for each of them whether its prediction is `trained`."""
 
+Batches = Sequence[Rows]
 Step = Callable[[int], tuple[float, int]]
 """Takes the optimizer step of a turn; returns its mean loss, and how many real tokens it saw."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sideroad.data.dataset import Loaded, Statistics
     from sideroad.data.findings import Finding
     from sideroad.data.preview import PreviewSample
+    from sideroad.train.recipe import Recipe
 
 SUMMARY = "Show what a recipe would train on, token by token."
 EXAMPLES = ("sideroad preview examples/quickstart.yaml -n 3", "sideroad preview recipe.yaml --set data.max_length=256")
@@ -50,10 +51,11 @@ def run(
     positions = getattr(load_meta(settings.base, offline=offline).config, "max_position_embeddings", None)
     data = load_data(settings.data, tokenizer, offline=offline, max_positions=positions)
     shown = preview(data.train, tokenizer, samples, seed)
+    saved = _saved(settings, data)
     if as_json:
-        render.write_json(_plain(data, shown))
+        render.write_json(_plain(data, shown) | {"shared_tokens": saved})
     else:
-        _print(render.console(), data, shown)
+        _print(render.console(), data, shown, saved)
     if any(finding.severity == "error" for finding in data.findings):
         raise typer.Exit(DataError.exit_code)
 
@@ -84,13 +86,37 @@ def _plain(data: Loaded, samples: list[PreviewSample]) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, data: Loaded, samples: list[PreviewSample]) -> None:
+def _saved(recipe: Recipe, data: Loaded) -> int:
+    """Tokens that shared beginnings save in the first epoch, if the model keeps packed sequences apart."""
+    from sideroad.data.sharing import saved_tokens
+    from sideroad.train.order import Order
+    from sideroad.train.seeds import derive
+    from sideroad.train.settings import TrainConfig
+
+    config = recipe.data
+    shares = config.share_prefixes == "auto" and config.packing != "off" and recipe.train.fast
+    if not shares or recipe.adapter.method.dropout or not data.train.examples:
+        return 0
+    ids = [example.ids for example in data.train.examples]
+    seed = derive(recipe.seed, "data")
+    order = Order(data.train.lengths, recipe.optim, seed=seed, packed=True, ids=ids)
+    steps = order.steps(TrainConfig(epochs=1))
+    return sum(saved_tokens([ids[index] for index in batch]) for step in steps for batch in step)
+
+
+def _print(console: Console, data: Loaded, samples: list[PreviewSample], saved: int) -> None:
     for sample in samples:
         _print_sample(console, sample)
     columns = [("train", data.train.statistics)]
     if data.validation:
         columns.append(("validation", data.validation.statistics))
     _print_statistics(console, columns)
+    if saved:
+        console.print(
+            f"\n{saved:,} tokens of an epoch ({saved / data.train.statistics.tokens:.0%}) stand in beginnings that "
+            "other rows of their batch share; they are computed once where the model keeps packed rows apart",
+            soft_wrap=True,
+        )
     console.print()
     _print_findings(console, data.findings)
 
