@@ -11,11 +11,11 @@ import torch
 
 from sideroad.kernels.pieces import FUNCTIONS, Pieces
 
-COLD_SECONDS, WARM_SECONDS = 25.0, 6.0
+COLD_SECONDS, WARM_SECONDS = 27.0, 5.0
 """What compiling took on 2 server cores, the first time and from the cache; machines differ."""
 
-GAIN = 0.05
-"""Share of a step that compiled pieces save, at least (measured: docs/performance.md)."""
+GAIN = 0.02
+"""Share of a step that compiled pieces save (measured on 2 cores: 1 to 2 %; docs/log.md)."""
 
 
 def refusal(device: torch.device) -> str | None:
