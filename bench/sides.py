@@ -18,7 +18,7 @@ from sideroad.base.loading import Base, load_base
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.data.encode import Encoded
 from sideroad.kernels.isolation import choose_route
-from sideroad.train.execution import choose_execution
+from sideroad.train.choosing import choose_execution
 from sideroad.train.progress import Progress
 from sideroad.train.settings import OptimConfig, TrainConfig
 from sideroad.train.steps import Stepper

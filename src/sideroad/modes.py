@@ -11,10 +11,30 @@ from torch import nn
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of the model into eval mode, and each back into its own mode afterwards, also on an error."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    with _in_mode(model, training=False):
+        yield
+
+
+@contextmanager
+def in_train_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module of the model into training mode; otherwise as `in_eval_mode`."""
+    with _in_mode(model, training=True):
+        yield
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Return the CUDA devices that hold parameters of the model, for `torch.random.fork_rng`."""
+    found = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    return sorted(index for index in found if index is not None)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    others = [module for module in model.modules() if module.training != training]
     try:
+        for module in others:
+            module.training = training
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in others:
+            module.training = not training

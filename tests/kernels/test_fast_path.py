@@ -46,7 +46,7 @@ def test_a_llama_is_taken_over_whole() -> None:
     assert len(found.norms) == 5
     assert not found.plain
     assert found.lines() == [
-        "fast path: 14 linear layers (4 groups on one input), 2 gated blocks, 5 RMSNorms, 2 rotary attentions"
+        "fast path: all 14 adapted layers, 2 feed-forward blocks, 5 norms, 2 attentions"
     ]
 
 
@@ -106,7 +106,7 @@ def test_a_foreign_hook_keeps_its_module() -> None:
     assert list(found.gated) == ["model.layers.1.mlp"]
     assert "model.layers.0.input_layernorm" not in found.norms
     assert found.plain == {"model.layers.0.self_attn.q_proj": "carries a forward hook"}
-    assert found.lines()[1] == "not on the fast path: model.layers.0.self_attn.q_proj: carries a forward hook"
+    assert found.lines()[1] == "computed the usual way: model.layers.0.self_attn.q_proj: carries a forward hook"
     seen.clear()
     expected = model(**SHORT).logits
     assert len(seen) == 3
@@ -117,9 +117,9 @@ def test_a_foreign_hook_keeps_its_module() -> None:
 
 def test_reasons_are_told_for_each_layer() -> None:
     model, _ = adapted(gpt2, bias="adapted")
-    assert set(plan(model).plain.values()) == {"has a trained bias"}
+    assert set(plan(model).plain.values()) == {"its bias is trained"}
     model, _ = adapted(targets=("q_proj", "embed_tokens"))
-    assert plan(model).plain == {"model.embed_tokens": "is a Embedding"}
+    assert plan(model).plain == {"model.embed_tokens": "is no linear layer (Embedding)"}
 
 
 def test_siblings_that_get_another_input_compute_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,4 +196,4 @@ class TestHead:
         assert find_head(model, SHORT) == "the output head carries a forward hook"
         assert find_head(nn.Linear(2, 2), SHORT) == "Linear names no linear output head"
         model, _ = adapted(modules_to_save=("lm_head",))
-        assert "the output head" in str(find_head(model, SHORT))
+        assert find_head(model, SHORT) == "the output head is trained whole"

@@ -13,7 +13,7 @@ from sideroad.attaching import attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.data.encode import Encoded
 from sideroad.kernels.isolation import choose_route
-from sideroad.train.execution import choose_execution
+from sideroad.train.choosing import choose_execution
 from sideroad.train.settings import TrainConfig
 
 RANK = 2

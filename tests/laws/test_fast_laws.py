@@ -21,7 +21,8 @@ from sideroad.data.encode import Encoded
 from sideroad.kernels.compiled import compiled, refusal
 from sideroad.kernels.isolation import PackingRoute, choose_route
 from sideroad.kernels.pieces import Pieces
-from sideroad.train.execution import Execution, choose_execution
+from sideroad.train.choosing import choose_execution
+from sideroad.train.execution import Execution
 from sideroad.train.settings import TrainConfig
 
 AXES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from sideroad.data.encode import Encoded
 from sideroad.errors import TrainingError
 from sideroad.kernels import compiled
 from sideroad.kernels.isolation import PackingRoute, choose_route
-from sideroad.train import events, execution
-from sideroad.train.execution import Execution, choose_execution
+from sideroad.train import choosing, events, fingerprint
+from sideroad.train.choosing import choose_execution
+from sideroad.train.execution import Execution
 from sideroad.train.run import train
 from sideroad.train.settings import TrainConfig
 
@@ -59,7 +62,7 @@ class TestCompiling:
         assert choose(tiny_llama(), seconds=30.0).pieces.kind == "eager"
         made = choose(tiny_llama(), seconds=3600.0)
         assert made.pieces.kind == "compiled"
-        assert "elementwise pieces are compiled: about 60 minutes earn it" in made.notes
+        assert any("the run is long enough to earn it" in note for note in made.notes)
 
     def test_a_resume_takes_up_the_choice(self) -> None:
         recorded = {"pieces": "eager"}
@@ -67,10 +70,34 @@ class TestCompiling:
         assert choose(tiny_llama(), seconds=1.0, recorded={"pieces": "compiled"}).pieces.kind == "compiled"
 
     def test_without_a_compiler_auto_is_eager_and_on_refuses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(execution, "refusal", lambda device: "there is no C++ compiler (g++)")
-        assert choose(tiny_llama(), seconds=1e9).pieces.kind == "eager"
+        monkeypatch.setattr(choosing, "refusal", lambda device: "there is no C++ compiler (g++)")
+        made = choose(tiny_llama(), seconds=1e9)
+        assert made.pieces.kind == "eager"
+        assert "though this run would earn it: there is no C++ compiler" in made.notes[-1]
         with pytest.raises(TrainingError, match=r"train.compile: on, but there is no C\+\+ compiler"):
             choose(tiny_llama(), compile="on")
+
+    def test_a_compiler_that_fails_is_found_out_at_the_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(choosing, "failure", lambda pieces, device: "compiling fails here (CppCompileError: g++)")
+        made = choose(tiny_llama(), seconds=1e9)
+        assert made.pieces.kind == "eager"
+        assert "compiling fails here" in made.notes[-1]
+        with pytest.raises(TrainingError, match="Set it to off, or to auto"):
+            choose(tiny_llama(), compile="on")
+
+    def test_compiled_code_lies_in_our_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        for before, wins in ((default_cache_dir(), False), ("/somewhere", True)):
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+            compiled.compiled(tmp_path)
+            assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == ("/somewhere" if wins else str(tmp_path))
+        assert not compiled.is_warm(tmp_path)
+        (tmp_path / "code").touch()
+        assert compiled.is_warm(tmp_path)
+
+    def test_compile_on_without_the_fast_path_says_that_nothing_is(self) -> None:
+        assert choose(tiny_llama(), fast=False, compile="on").notes[0].endswith("so nothing is compiled")
 
     def test_a_warm_cache_needs_a_shorter_run(self) -> None:
         seconds = 1.1 * 2 * compiled.WARM_SECONDS / compiled.GAIN
@@ -94,7 +121,7 @@ class TestRuns:
         seen: list[events.Event] = []
         result = train(small_recipe(tmp_path, shared_model_dir), tmp_path / "run", on_event=seen.append)
         notes = [event.text for event in seen if isinstance(event, events.Note)]
-        assert any(note.startswith("fast path: 14 linear layers") for note in notes)
+        assert any(note.startswith("fast path: all 14 adapted layers") for note in notes)
         (planned,) = (event for event in seen if isinstance(event, events.Planned))
         steps = [record for record in records(result.run) if "real_tokens" in record]
         saved = sum(step["real_tokens"] - step["computed_tokens"] for step in steps)
@@ -108,6 +135,47 @@ class TestRuns:
         recipe = small_recipe(tmp_path, tiny_gpt2_dir(tmp_path), train={"max_steps": 2})
         (record, *_) = [one for one in records(train(recipe, tmp_path / "run").run) if "real_tokens" in one]
         assert record["computed_tokens"] == record["real_tokens"]
+
+
+class TestOlderRuns:
+    """A run begun before there was a fast path has none of its keys, and goes on as it began."""
+
+    @pytest.mark.usefixtures("quick_plots")
+    def test_it_resumes_on_the_plain_path(
+        self, tmp_path: Path, shared_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = small_recipe(tmp_path, shared_model_dir, train={"fast": False}, data={"share_prefixes": "off"})
+        whole = train(plain, tmp_path / "whole")
+
+        def stop(event: events.Event) -> None:
+            if isinstance(event, events.StepDone) and event.step == 4:
+                raise RuntimeError
+
+        monkeypatch.setattr(fingerprint, "recipe_values", as_an_older_version)
+        with pytest.raises(RuntimeError):
+            train(plain, tmp_path / "run", on_event=stop)
+        monkeypatch.setattr(fingerprint, "recipe_values", honest_values)
+        environment = tmp_path / "run" / "env.json"
+        values = json.loads(environment.read_text())
+        del values["execution"]
+        environment.write_text(json.dumps(values))
+        notes: list[str] = []
+        told = lambda event: notes.append(event.text) if isinstance(event, events.Note) else None  # noqa: E731
+        again = train(small_recipe(tmp_path, shared_model_dir), tmp_path / "run", resume=True, on_event=told)
+        assert records(again.run) == records(whole.run)
+        assert "an older sideroad began this run; it goes on on the plain path, as it began" in notes
+        assert not any("execution" in note for note in notes)
+
+
+def as_an_older_version(recipe: Any) -> dict[str, Any]:
+    values = honest_values(recipe)
+    for key in fingerprint.ADDED:
+        _, section, name = key.split(".")
+        del values[section][name]
+    return values
+
+
+honest_values = fingerprint.recipe_values
 
 
 def test_a_padded_route_never_shares() -> None:

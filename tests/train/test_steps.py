@@ -17,7 +17,7 @@ from sideroad.data.batches import Batch, collate
 from sideroad.data.encode import Encoded
 from sideroad.errors import TrainingError
 from sideroad.kernels.isolation import choose_route, packing
-from sideroad.train.execution import choose_execution
+from sideroad.train.choosing import choose_execution
 from sideroad.train.progress import Progress
 from sideroad.train.settings import OptimConfig, TrainConfig
 from sideroad.train.steps import Stepper

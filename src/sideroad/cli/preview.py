@@ -48,12 +48,13 @@ def run(
     settings = load_recipe(recipe, set_ or ())
     with Bar(render.console(to_stderr=True)) as bar:
         tokenizer = load_tokenizer(settings.base, offline=offline, on_progress=loading(bar))
-    positions = getattr(load_meta(settings.base, offline=offline).config, "max_position_embeddings", None)
+    model = load_meta(settings.base, offline=offline)
+    positions = getattr(model.config, "max_position_embeddings", None)
     data = load_data(settings.data, tokenizer, offline=offline, max_positions=positions)
     shown = preview(data.train, tokenizer, samples, seed)
-    saved = _saved(settings, data)
+    saved = _saved(settings, data, model)
     if as_json:
-        render.write_json(_plain(data, shown) | {"shared_tokens": saved})
+        render.write_json(_plain(data, shown) | {"saved_tokens": saved})
     else:
         _print(render.console(), data, shown, saved)
     if any(finding.severity == "error" for finding in data.findings):
@@ -86,25 +87,36 @@ def _plain(data: Loaded, samples: list[PreviewSample]) -> dict[str, Any]:
     }
 
 
-def _saved(recipe: Recipe, data: Loaded) -> int:
-    """Tokens that shared beginnings save in the first epoch, if the model keeps packed sequences apart."""
+def _saved(recipe: Recipe, data: Loaded, model: Any) -> int:
+    """Tokens that shared beginnings save in the first epoch, if the model keeps packed sequences apart.
+
+    Args:
+        model: on the meta device; its windows and dropouts decide too.
+    """
     from sideroad.data.sharing import saved_tokens
+    from sideroad.kernels.packed_attention import window
+    from sideroad.train.choosing import drops
     from sideroad.train.order import Order
     from sideroad.train.seeds import derive
     from sideroad.train.settings import TrainConfig
 
     config = recipe.data
     shares = config.share_prefixes == "auto" and config.packing != "off" and recipe.train.fast
-    if not shares or recipe.adapter.method.dropout or not data.train.examples:
+    dropping = recipe.adapter.method.dropout or any(drops(module) for module in model.modules())
+    if not shares or dropping or not data.train.examples:
         return 0
+    reach = window(model) or recipe.data.max_length
     ids = [example.ids for example in data.train.examples]
     seed = derive(recipe.seed, "data")
     order = Order(data.train.lengths, recipe.optim, seed=seed, packed=True, ids=ids)
     steps = order.steps(TrainConfig(epochs=1))
-    return sum(saved_tokens([ids[index] for index in batch]) for step in steps for batch in step)
+    batches = ([ids[index] for index in batch] for step in steps for batch in step)
+    return sum(saved_tokens(rows) for rows in batches if max(map(len, rows)) <= reach)
 
 
 def _print(console: Console, data: Loaded, samples: list[PreviewSample], saved: int) -> None:
+    from sideroad.cli import render
+
     for sample in samples:
         _print_sample(console, sample)
     columns = [("train", data.train.statistics)]
@@ -113,8 +125,8 @@ def _print(console: Console, data: Loaded, samples: list[PreviewSample], saved: 
     _print_statistics(console, columns)
     if saved:
         console.print(
-            f"\n{saved:,} tokens of an epoch ({saved / data.train.statistics.tokens:.0%}) stand in beginnings that "
-            "other rows of their batch share; they are computed once where the model keeps packed rows apart",
+            f"\n{saved:,} tokens of an epoch ({render.share(saved, data.train.statistics.tokens)}) are beginnings that "
+            "rows of a batch repeat; they are computed once if the model keeps packed rows apart",
             soft_wrap=True,
         )
     console.print()

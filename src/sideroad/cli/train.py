@@ -119,15 +119,15 @@ def _train(recipe: Recipe, file: Path, place: Path, watch: Watch, *, resume: boo
 
 
 def _speed(speed: Speed) -> str:
-    """Rates, what sharing saved, and how near the run came to the machine's limit; ends with an empty line."""
+    """Rates, how near the run came to the machine's limit, and what sharing saved."""
     text = (
         f"{speed.trained_tokens_per_second:,.0f} trained tokens/s, {speed.real_tokens_per_second:,.0f} real tokens/s"
     )
-    if speed.saved_tokens:
-        text += f" ({speed.saved_tokens:,} of them computed with another sequence's)"
     if speed.limit_share is not None:
-        text += f"; {speed.limit_share:.0%} of what this machine's matrix products allow"
-    return f"{text}\n"
+        text += f"; {speed.limit_share:.0%} of the speed of this machine's matrix products"
+    if speed.saved_tokens:
+        text += f"\n{speed.saved_tokens:,} tokens of repeated beginnings were computed once"
+    return text
 
 
 def _report(console: Console, result: Result) -> None:
@@ -142,6 +142,7 @@ def _report(console: Console, result: Result) -> None:
     )
     if result.speed is not None:
         console.print(_speed(result.speed), soft_wrap=True)
+    console.print()
     scores.print_scores(console, result.scores.get("base", {}), result.scores.get("adapted", {}))
     answers = [(sample.prompt, sample.reference, sample.base, sample.adapted) for sample in result.samples]
     scores.print_samples(console, answers)

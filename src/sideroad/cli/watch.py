@@ -63,7 +63,7 @@ class Watch:
             f"data        {plan.examples} examples ({plan.validation_examples} for validation){repeated}; "
             f"{render.count(plan.trained_tokens)} of {render.count(plan.tokens)} tokens trained "
             f"({render.share(plan.trained_tokens, plan.tokens)}), {rows}",
-            *([f"shared      {saved} of the tokens stand in a beginning computed with another's"] if saved else []),
+            *([f"shared      {saved} of the tokens are repeated beginnings, computed once"] if saved else []),
             f"work        {plan.steps} steps on {plan.device} in {plan.dtype}{resumed}",
         )
         for line in lines:

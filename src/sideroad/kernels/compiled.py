@@ -14,6 +14,8 @@ from sideroad.kernels.pieces import FUNCTIONS, Pieces
 COLD_SECONDS, WARM_SECONDS = 27.0, 5.0
 """What compiling took on 2 server cores, the first time and from the cache; machines differ."""
 
+_FOLDER_KEY = "TORCHINDUCTOR_CACHE_DIR"
+
 GAIN = 0.02
 """Share of a step that compiled pieces save (measured on 2 cores: 1 to 2 %; docs/log.md)."""
 
@@ -30,17 +32,42 @@ def refusal(device: torch.device) -> str | None:
     return f"torch compiles nothing for {device.type}"
 
 
-def compiled(cache: Path | None = None) -> Pieces:
+def folder_for(cache: Path) -> Path:
+    """Return where compiled code lies inside sideroad's cache; other versions of torch have their own."""
+    return cache / "compiled" / torch.__version__.replace("+", "-")
+
+
+def is_warm(folder: Path) -> bool:
+    """Whether something has been compiled into a folder before."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def compiled(folder: Path | None = None) -> Pieces:
     """Return the pieces compiled for any number of tokens; each is compiled when it is first called.
 
     Args:
-        cache: directory for compiled code, so that the next process starts fast; torch's own by default. A directory
-            that the environment names (TORCHINDUCTOR_CACHE_DIR) wins.
+        folder: for compiled code, so that the next process starts fast; None leaves torch's choice. A directory that
+            the user has named (TORCHINDUCTOR_CACHE_DIR) wins.
     """
-    if cache is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch writes its default into the environment, so an unset variable does not tell what the user said
+    if folder is not None and os.environ.get(_FOLDER_KEY, default_cache_dir()) == default_cache_dir():
+        os.environ[_FOLDER_KEY] = str(folder)
     made = [torch.compile(function, dynamic=True, fullgraph=True) for function in FUNCTIONS]
     return Pieces("compiled", *made)  # type: ignore[arg-type]
+
+
+def failure(pieces: Pieces, device: torch.device) -> str | None:
+    """Try one piece, and say in a line why it cannot be compiled; None if it can."""
+    e = torch.ones(3, 8, device=device)
+    try:
+        with torch.no_grad():
+            pieces.gate(e, e, "silu")
+    except Exception as error:  # whatever a broken compiler or an unwritable folder raises
+        first = str(error).strip().partition("\n")[0]
+        return f"compiling fails here ({type(error).__name__}: {first}); its folder is {os.environ.get(_FOLDER_KEY)}"
+    return None
 
 
 def earns(run_seconds: float, *, warm: bool) -> bool:

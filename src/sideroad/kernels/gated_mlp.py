@@ -21,6 +21,7 @@ from sideroad.kernels.products import (
     flatten,
     forward_products,
     layers_of,
+    reshaped,
     shapes_of,
 )
 from sideroad.kernels.projections import load, pairs_wanted, save, spread
@@ -60,7 +61,7 @@ class _GatedMlp(torch.autograd.Function):
         (y,), last = forward_products(pieces.gate(e, g, activation), [down])
         ctx.activation, ctx.pieces, ctx.shapes, ctx.shape = activation, pieces, shapes, x.shape
         save(ctx, pairs_wanted(ctx, first=5, count=len(tensors)), flat, source, [*kept, *last], tensors, (e, g))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return reshaped(y, x)
 
     @staticmethod
     @once_differentiable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sideroad.kernels.head_loss import Finish
 from sideroad.kernels.live import projection_of, refusal
 from sideroad.kernels.products import Projection
+from sideroad.kernels.standing_in import standing_in
 from sideroad.modes import in_eval_mode
-from sideroad.route import deltas_of
 
 _CAPS = ("final_logit_softcapping", "final_logit_soft_cap", "logits_soft_cap")
 _SENTINELS = (-40.0, -7.0, -1.0, -0.25, 0.0, 0.5, 3.0, 25.0)
@@ -36,7 +36,7 @@ class Head:
 
     def hidden(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         """Run the model up to its head, and return what enters that, [rows, length, width]."""
-        with _tapped(self.layer) as seen:
+        with _answering(self.layer, _one_zero) as seen:
             model(**arguments)
         (found,) = seen
         return found
@@ -62,7 +62,7 @@ def find_head(model: nn.Module, arguments: Mapping[str, Any]) -> Head | str:
         return "the output head's adapter has dropout"
     with in_eval_mode(model):
         try:
-            with _answering(layer, _SENTINELS) as seen:
+            with _answering(layer, _sentinels) as seen:
                 given = model(**arguments).logits
         except Exception as error:  # whatever a foreign model does with its logits, it is not scaling or capping alone
             return f"{name} cannot be asked for the input of its head: {type(error).__name__}"
@@ -77,7 +77,10 @@ def _fit(given: Tensor, model: nn.Module) -> Finish | None:
     if given.shape[-1] != len(_SENTINELS):
         return None
     z = torch.tensor(_SENTINELS, dtype=torch.float64)
-    found = given.reshape(-1, len(_SENTINELS))[0].double().cpu()
+    rows = given.reshape(-1, len(_SENTINELS)).double().cpu()
+    found = rows[0]
+    if not (rows == found).all():
+        return None
     exact = given.dtype in (torch.float32, torch.float64)
     config = getattr(model, "config", None)
     caps: Sequence[float | None] = (None, *(cap for name in _CAPS if (cap := getattr(config, name, None))))
@@ -94,44 +97,21 @@ def _fit(given: Tensor, model: nn.Module) -> Finish | None:
 
 
 @contextmanager
-def _tapped(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the inputs of a layer, which answers with one zero for each row instead of computing."""
+def _answering(layer: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Collect the inputs of a layer, which answers with a few numbers for each row instead of computing."""
 
     def forward(x: Tensor) -> Tensor:
         seen.append(x)
-        return x.new_zeros(*x.shape[:-1], 1)
+        return answer(x)
 
     seen: list[Tensor] = []
-    with _answering_with(layer, forward):
+    with standing_in([(layer, forward)], with_deltas=True):
         yield seen
 
 
-@contextmanager
-def _answering(layer: nn.Module, values: Sequence[float]) -> Iterator[list[Tensor]]:
-    """Let a layer answer with the same few values for each row."""
-
-    def forward(x: Tensor) -> Tensor:
-        seen.append(x)
-        return x.new_tensor(values).expand(*x.shape[:-1], len(values)).clone()
-
-    seen: list[Tensor] = []
-    with _answering_with(layer, forward):
-        yield seen
+def _one_zero(x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], 1)
 
 
-@contextmanager
-def _answering_with(layer: nn.Module, forward: Any) -> Iterator[None]:
-    deltas, before = deltas_of(layer), layer.__dict__.get("forward")
-    inside = deltas.inside if deltas is not None else False
-    layer.__dict__["forward"] = forward
-    if deltas is not None:
-        deltas.inside = True
-    try:
-        yield
-    finally:
-        if before is None:
-            del layer.__dict__["forward"]
-        else:
-            layer.__dict__["forward"] = before
-        if deltas is not None:
-            deltas.inside = inside
+def _sentinels(x: Tensor) -> Tensor:
+    return x.new_tensor(_SENTINELS).expand(*x.shape[:-1], len(_SENTINELS)).clone()

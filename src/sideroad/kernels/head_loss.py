@@ -79,7 +79,8 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         found = [
-            None if one is None else (one * upstream.to(one.dtype)).to(dtype)
+            # a scalar of a wider type is not rounded to that of the tensor it multiplies
+            None if one is None else (one * upstream).to(dtype)
             for one, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return found[0], None, None, None, None, None, None, None, found[1], found[2]

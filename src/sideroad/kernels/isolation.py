@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sideroad.kernels.causal_loss import forward_logits
 from sideroad.kernels.packed_attention import refusal, segment_attention
-from sideroad.modes import in_eval_mode
+from sideroad.modes import cuda_devices, in_eval_mode
 from sideroad.segments import Segment, apart
 
 _LENGTHS = (7, 9, 8)
@@ -165,6 +165,5 @@ def _mean_distance(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    devices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)), in_eval_mode(model):
+    with torch.random.fork_rng(devices=cuda_devices(model)), in_eval_mode(model):
         yield

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from sideroad.kernels.products import Pair, Projection
 from sideroad.kinds import kind_of
-from sideroad.methods.lora import LoraDelta
+from sideroad.methods.lora import BiasDelta, LoraDelta
+from sideroad.methods.replaced import Replaced
 from sideroad.pairs import spread
 from sideroad.route import Deltas, deltas_of
 
@@ -17,6 +19,8 @@ def projection_of(layer: nn.Module) -> Projection | str:
     It is asked for anew in every forward pass: adapters come, go, and are switched.
     """
     deltas = deltas_of(layer)
+    if torch.is_autocast_enabled(layer.get_parameter("weight").device.type):
+        return "runs under autocast"
     if deltas is None:
         return _plain(layer, None)
     if deltas.route.plan is not None:
@@ -28,9 +32,9 @@ def projection_of(layer: nn.Module) -> Projection | str:
         return "has several adapters acting at once"
     delta, weight = live[0]
     if type(delta) is not LoraDelta:
-        return f"has a {type(delta).__name__}"
+        return "its bias is trained" if isinstance(delta, BiasDelta) else "is not adapted by a pair"
     if delta.bias is not None:
-        return "has a trained bias"
+        return "its bias is trained"
     if delta.beside is not None:
         return "is tied to trained token rows"
     B = delta.B if delta.where is None else spread(delta.B, delta.where, delta.out_features)
@@ -41,13 +45,21 @@ def projection_of(layer: nn.Module) -> Projection | str:
 def refusal(layer: nn.Module) -> str | None:
     """Say why a layer can never be computed by the fast products; None if it can."""
     kind = kind_of(layer)
+    if trained_whole(layer):
+        return "is trained whole"
     if kind is None or not kind.linear:
-        return f"is a {type(layer).__name__}"
+        return f"is no linear layer ({type(layer).__name__})"
     if type(layer).forward is not nn.Linear.forward and isinstance(layer, nn.Linear):
         return f"has a forward of its own ({type(layer).__name__})"
     if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
         return "has a weight that is trained"
     return foreign_hook(layer)
+
+
+def trained_whole(module: nn.Module) -> bool:
+    """Whether an adapter holds a copy of a module that is trained in its place."""
+    deltas = deltas_of(module)
+    return deltas is not None and any(isinstance(one, Replaced) for one in deltas._modules.values())
 
 
 def foreign_hook(module: nn.Module) -> str | None:

@@ -30,7 +30,9 @@ REPLACED = "sdpa"
 HALF = (torch.bfloat16, torch.float16)
 
 _ARGUMENT = "segments"
-_HARMLESS = frozenset({"position_ids", "is_causal", "sliding_window", "use_cache", "output_attentions"})
+HARMLESS = frozenset({"position_ids", "is_causal", "sliding_window", "use_cache", "output_attentions"})
+"""Arguments of an attention that change nothing here, or are looked at apart."""
+
 _in_packed_forward: ContextVar[bool] = ContextVar("_in_packed_forward", default=False)
 
 
@@ -198,7 +200,7 @@ def _unsupported(
     reach = others.get("sliding_window")
     if reach is not None and longest(segments) > reach:
         return f"looks back over {reach} tokens only, and a sequence has {longest(segments)}"
-    if strange := sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS):
+    if strange := sorted(name for name, given in others.items() if given is not None and name not in HARMLESS):
         return f"passes {', '.join(strange)} to its attention"
     return None
 

@@ -6,7 +6,8 @@ For a layer with weight W, bias b and a pair of scale s (Hu et al. 2021, arXiv:2
     Q = s dy B            dA = Qᵀ drop(x)        dB = s dyᵀ P        dx = Σ dy W + drop'(Q A)
 
 W gets no gradient. Without dropout the A of all layers are stacked: one product gives every P, another every dA, a
-third their part of dx. A dropout mask is never kept: the random state before its draw is, and it is drawn again.
+third their part of dx. A dropout mask is never kept: the random state before its draw is, and it is drawn again; for
+that the input must be contiguous, since masks are drawn in the order of memory.
 Plain tensor functions; the autograd functions that use them are in `projections.py` and `gated_mlp.py`.
 """
 
@@ -121,7 +122,7 @@ def backward_products(
 
     Args:
         x: [tokens, in]; None where no pair's gradient is wanted.
-        upstream: dy [tokens, out] of each layer; None where an output was not used.
+        upstream: dy [tokens, out] of each layer; None where an output has no part in the loss.
         input: whether dx is wanted.
     Returns:
         dx [tokens, in] or None, and the gradients of each layer's pair.
@@ -192,6 +193,17 @@ def _reduced(x: Tensor, layers: Sequence[Layer]) -> list[Kept]:
             draw = torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
             found[index] = Kept(torch.mm(functional.dropout(x, dropout), layer.A.t()), draw)
     return found
+
+
+def dropped(projections: Sequence[Projection]) -> bool:
+    """Whether any pair drops from its input now."""
+    return any(one.pair is not None and one.pair.dropout > 0 for one in projections)
+
+
+def reshaped(y: Tensor, like: Tensor) -> Tensor:
+    """Return y [tokens, out] in the leading shape of `like`; no view, so that whoever gets it may write into it."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, (*like.shape[:-1], y.shape[-1]))
+    return shaped
 
 
 def _dropout(layer: Layer) -> float:

@@ -20,6 +20,7 @@ from sideroad.kernels.products import (
     flatten,
     forward_products,
     layers_of,
+    reshaped,
     shapes_of,
 )
 from sideroad.kernels.remade import Source, remake, source_of
@@ -51,7 +52,8 @@ class _Project(torch.autograd.Function):
         outputs, kept = forward_products(flat, layers_of(tensors, shapes, x.dtype))
         ctx.shapes, ctx.shape, ctx.dtype = shapes, x.shape, x.dtype
         save(ctx, pairs_wanted(ctx, first=3, count=len(tensors)), flat, source, kept, tensors)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        ctx.set_materialize_grads(False)
+        return tuple(reshaped(y, x) for y in outputs)
 
     @staticmethod
     @once_differentiable
@@ -77,7 +79,7 @@ def save(
     tensors: Sequence[Tensor | None],
     others: Sequence[Tensor] = (),
 ) -> None:
-    """Keep the tensors of a backward pass, all through autograd, so that checkpointing and offloading see them.
+    """Keep the tensors of a backward pass through autograd, so that checkpointing and offloading see them.
 
     Args:
         wanted: whether a pair's gradient is; without it neither x nor any P is needed.

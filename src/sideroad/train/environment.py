@@ -55,11 +55,21 @@ def describe(
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Entries that differ, one sentence each; with any of them a resume need not be equal bit for bit."""
+    before, after = _flat(recorded), _flat(now)
     return [
-        f"{key} was {recorded.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(recorded.keys() | now.keys())
-        if recorded.get(key) != now.get(key)
+        f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        # a section that an older version did not write has no earlier value
+        if before.get(key) != after.get(key) and key.partition(".")[0] in recorded
     ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -9,7 +9,17 @@ from typing import Any
 from sideroad.train.recipe import Recipe
 
 _IGNORED = ("base.model", "base.device", "data.train", "data.validation", "data.chat_template", "evaluate")
-_IGNORED_IN_TRAIN = ("train.checkpoint_every", "train.keep_checkpoints", "train.trackers")
+_IGNORED_IN_TRAIN = (
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.trackers",
+    "train.frozen_memory_mb",
+    "train.frozen_disk_mb",
+)
+ADDED = frozenset(
+    ("recipe.train.fast", "recipe.train.compile", "recipe.train.cache_frozen", "recipe.data.share_prefixes")
+)
+"""Keys that runs of older versions lack; such a run goes on the way it began, whatever they say now (`setup`)."""
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -40,7 +50,7 @@ def fingerprint(recipe: Recipe, *, base: str, train: str, validation: str | None
 def differing(stored: Any, current: Any, path: str = "") -> list[str]:
     """One line per value that differs between two fingerprints, by dotted path."""
     if isinstance(stored, Mapping) and isinstance(current, Mapping):
-        keys = sorted(stored.keys() | current.keys())
+        keys = sorted(key for key in stored.keys() | current.keys() if key in stored or f"{path}.{key}" not in ADDED)
         return [
             line for key in keys for line in differing(stored.get(key), current.get(key), f"{path}.{key}".strip("."))
         ]

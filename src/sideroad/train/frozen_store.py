@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sideroad.data.encode import Encoded
+
+logger = logging.getLogger("sideroad.train.frozen_store")
 
 CHUNK_TOKENS = 1024
 """Tokens whose hidden states are computed together."""
@@ -48,6 +53,10 @@ class FrozenStore:
         row_bytes = width * dtype.itemsize
         in_memory, memory_rows = _fitting(sizes, memory_bytes // row_bytes)
         on_disk, disk_rows = _fitting(sizes[in_memory:], disk_bytes // row_bytes)
+        self.missing_bytes = sum(sizes) * row_bytes - (memory_rows + disk_rows) * row_bytes
+        """What both limits lack to hold everything."""
+        if disk_rows and not _reserved(file, disk_rows * row_bytes):
+            on_disk = disk_rows = 0
         self._kept = in_memory + on_disk
         self._limit = in_memory
         self._starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
@@ -61,6 +70,10 @@ class FrozenStore:
     def kept_share(self) -> float:
         """Share of the tokens that both limits have room for."""
         return float(self._starts[self._kept] / max(1, self._starts[-1]))
+
+    def holds(self, examples: Sequence[Encoded]) -> bool:
+        """Whether these are among the examples of the store."""
+        return all(id(example) in self._chunk_of for example in examples)
 
     def get(self, examples: Sequence[Encoded]) -> list[Tensor]:
         """Return the hidden states of examples, [tokens, width] each."""
@@ -96,10 +109,30 @@ class FrozenStore:
                 self._memory = torch.empty(memory_rows, width, dtype=self._dtype)
             return self._memory[start:stop]
         if self._disk is None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             size = disk_rows * width
             self._disk = torch.from_file(str(self._file), shared=True, size=size, dtype=self._dtype).view(-1, width)
+            if os.name == "posix":
+                self._file.unlink(missing_ok=True)  # the mapping lives on, and a killed process leaves nothing behind
         return self._disk[start - memory_rows : stop - memory_rows]
+
+
+def _reserved(file: Path, size: int) -> bool:
+    """Make a file with room for `size` bytes; False if that would take more than half of what the disk has free.
+
+    A sparse file would end the process (SIGBUS) when the disk fills up later.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if size > shutil.disk_usage(file.parent).free // 2:
+            raise OSError("it would take more than half of what the disk has free")
+        with file.open("wb") as stream:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)
+    except OSError as error:
+        logger.warning("no room for %.0f MB in %s (%s): it is computed each time instead", size / 1e6, file, error)
+        file.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _chunks(examples: Sequence[Encoded]) -> list[list[Encoded]]:

@@ -16,6 +16,9 @@ from typing import Any
 from sideroad.errors import CheckpointError
 from sideroad.files import cannot_write, read_json, replace_file
 
+FROZEN_FILE = "frozen.cache"
+"""Where a run keeps what enters its first adapted block while it goes on, if memory is too small for it."""
+
 _LEFTOVER = re.compile(r"\.[a-z]+(\.[a-z]+)?\.[0-9a-f]{8}\.(tmp|old)")
 
 
@@ -93,7 +96,7 @@ class RunDirectory:
     def _sweep(self) -> None:
         """Remove what a killed process left half written beside its place."""
         for path in self.path.iterdir():
-            if _LEFTOVER.fullmatch(path.name):
+            if _LEFTOVER.fullmatch(path.name) or path.name == FROZEN_FILE:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _refuse_existing(self) -> None:

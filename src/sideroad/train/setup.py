@@ -17,23 +17,23 @@ from sideroad.data.batches import plan_epoch
 from sideroad.data.dataset import Loaded, load_data
 from sideroad.data.encode import Encoded
 from sideroad.data.findings import refuse
-from sideroad.data.sharing import group, saved_tokens
+from sideroad.data.sharing import group
 from sideroad.errors import ConfigError, TrainingError
+from sideroad.kernels.frozen_part import blocks_below
 from sideroad.kernels.isolation import PackingRoute, choose_route
+from sideroad.train.choosing import choose_execution, short_row
 from sideroad.train.environment import describe
 from sideroad.train.events import Event, Note
-from sideroad.train.execution import Execution, choose_execution
+from sideroad.train.execution import Execution
 from sideroad.train.fingerprint import fingerprint
 from sideroad.train.loop import Material
 from sideroad.train.order import Order
 from sideroad.train.recipe import Recipe
+from sideroad.train.run_directory import FROZEN_FILE
 from sideroad.train.seeds import derive
 from sideroad.train.speed import Work, expected_seconds, measure_limit, work_of
 
 Emit = Callable[[Event], None]
-
-FROZEN_FILE = "frozen.cache"
-"""Where a run keeps what enters its first adapted block, if memory is too small for it."""
 
 NAME = "default"
 """The adapter's name on the model while it trains."""
@@ -77,15 +77,26 @@ def prepare(
     route = _choose_route(recipe, base, recorded, emit)
     packed = route.isolates
     parameters = attached.parameters(NAME)
-    work = work_of(base.model, sum(one.numel() for one in parameters.values()))
-    limit = measure_limit(base.device, base.dtype, base.model)
-    seconds = expected_seconds(work, limit, *_expected_tokens(recipe, data))
     examples = data.train.examples
     validation = data.validation.examples if data.validation else ()
-    execution = _choose_execution(recipe, base, route, seconds, recorded)
-    kept = execution.keeping([*examples, *validation], recipe.train, (folder or Path.cwd()) / FROZEN_FILE)
-    for note in execution.notes if kept is execution else (*execution.notes, *kept.notes):
+    tokens, trained = _expected_tokens(recipe, data)
+    # what comes but once is not worth keeping
+    again = [*(examples if tokens > sum(data.train.lengths) else ()), *validation]
+    below = blocks_below(base.model, short_row(base.model))
+    count = sum(one.numel() for one in parameters.values())
+    limit = measure_limit(base.device, base.dtype, base.model)
+    seconds = expected_seconds(work_of(base.model, count, below), limit, tokens, trained)
+    execution = _choose_execution(recipe, base, route, seconds, recorded, repeats=bool(again))
+    execution = execution.keeping(again, recipe.train, (folder or Path.cwd()) / FROZEN_FILE)
+    long = sum(1 for one in examples if execution.reach and len(one) > execution.reach)
+    if long:
+        emit(Note(f"{long} of {len(examples)} rows pass the model's window ({execution.reach}) and share nothing"))
+    if recorded is not None and "execution" not in recorded:
+        emit(Note("an older sideroad began this run; it goes on on the plain path, as it began"))
+    for note in execution.notes:
         emit(Note(note))
+    kept_below = execution.store is not None and len(again) > len(validation)
+    work = work_of(base.model, count, below, kept=kept_below)
     order = Order(
         data.train.lengths,
         recipe.optim,
@@ -101,7 +112,7 @@ def prepare(
         validation_examples=validation,
         order=order,
         validation=_validation_plan(recipe, data, packed=packed, shared=execution.shares),
-        execution=kept,
+        execution=execution,
         device=base.device,
         fingerprint=fingerprint(
             recipe,
@@ -118,7 +129,7 @@ def prepare(
         execution=execution.to_json(),
         base=base.identity.to_json(),
     )
-    saved = _saved_tokens(recipe, order, examples) if execution.shares else 0
+    saved = _saved_tokens(recipe, order, execution, examples)
     return Setup(base, data, attached, route, order, material, _vocabulary(base), environment, work, limit, saved)
 
 
@@ -166,13 +177,12 @@ def _expected_tokens(recipe: Recipe, data: Loaded) -> tuple[int, int]:
     return round(tokens), round(tokens * trained / total)
 
 
-def _saved_tokens(recipe: Recipe, order: Order, examples: Sequence[Encoded]) -> int:
+def _saved_tokens(recipe: Recipe, order: Order, execution: Execution, examples: Sequence[Encoded]) -> int:
     """Tokens that shared beginnings save over the run."""
-    return sum(
-        saved_tokens([examples[index].ids for index in batch])
-        for step in order.steps(recipe.train)
-        for batch in step
-    )
+    if not execution.shares:
+        return 0
+    batches = (batch for step in order.steps(recipe.train) for batch in step)
+    return sum(execution.saved_tokens([examples[index] for index in batch]) for batch in batches)
 
 
 def _choose_route(recipe: Recipe, base: Base, recorded: Mapping[str, Any] | None, emit: Emit) -> PackingRoute:
@@ -201,14 +211,18 @@ def _choose_execution(
     route: PackingRoute,
     seconds: float,
     recorded: Mapping[str, Any] | None,
+    *,
+    repeats: bool,
 ) -> Execution:
+    """A run that an older version began goes on on the plain path, as it began."""
+    older = recorded is not None and "execution" not in recorded
     return choose_execution(
         base.model,
         route,
-        recipe.train,
+        recipe.train.model_copy(update={"fast": False, "compile": "off"}) if older else recipe.train,
         pad_id=base.tokenizer.pad_token_id,
         share=recipe.data.share_prefixes == "auto",
-        repeats=recipe.train.epochs > 1 or recipe.data.validation is not None,
+        repeats=repeats,
         seconds=seconds,
         recorded=None if recorded is None else recorded.get("execution"),
     )

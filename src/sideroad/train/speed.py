@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +23,21 @@ class Work:
     """Parameters whose products a training step takes.
 
     Attributes:
-        body: parameters of the frozen linear layers below the head: each takes 4 operations a token, forward and
-            towards the input.
+        body: parameters of the frozen linear layers from the first adapted block up to the head: each takes 4
+            operations a token, forward and towards the input.
+        below: those of the blocks below, which take 2 operations; 0 where they are computed once and kept.
         head: those of the output head, 4 operations for each place that predicts.
         adapter: trained ones: 6 operations a token.
     """
 
     body: int
+    below: int
     head: int
     adapter: int
 
     def operations(self, tokens: int, predicted: int) -> float:
         """Floating-point operations of a step in products with weights; attention and elementwise work not counted."""
-        return (4.0 * self.body + 6.0 * self.adapter) * tokens + 4.0 * self.head * predicted
+        return (4.0 * self.body + 2.0 * self.below + 6.0 * self.adapter) * tokens + 4.0 * self.head * predicted
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,23 @@ class Speed:
     limit_share: float | None
 
 
-def work_of(model: nn.Module, trained: int) -> Work:
-    """Count the parameters of a model's products.
+def work_of(model: nn.Module, trained: int, below: Sequence[nn.Module] = (), *, kept: bool = False) -> Work:
+    """Count the parameters of a model's products; of a mixture of experts, those of all of them.
 
     Args:
         trained: parameters of the adapter.
+        below: blocks without a gradient.
+        kept: what these give is computed once and kept.
     """
+    lower = {module for block in below for module in block.modules()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    body = 0
+    counts = {"body": 0, "below": 0}
     for _, module in walk(model):
         kind = kind_of(module) if module is not head else None
         if kind is not None and kind.linear:
-            body += module.get_parameter("weight").numel()
-    return Work(body, head.weight.numel() if head is not None else 0, trained)
+            counts["below" if module in lower else "body"] += module.get_parameter("weight").numel()
+    in_head = head.weight.numel() if head is not None else 0
+    return Work(counts["body"], 0 if kept else counts["below"], in_head, trained)
 
 
 def measure_limit(device: torch.device, dtype: torch.dtype, model: nn.Module) -> float:
