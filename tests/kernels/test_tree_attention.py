@@ -49,6 +49,20 @@ def test_equals_the_mask_in_value_and_gradient(
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+def test_long_segments_take_the_other_way_to_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for long in (3, 10**6):
+        monkeypatch.setattr("sideroad.kernels.tree_attention._LONG", long)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(1, ROW, count, 8) for count in (6, 2, 2)]
+        given = [torch.randn(s, generator=generator, dtype=torch.float64).transpose(1, 2) for s in shapes]
+        given = [one.requires_grad_() for one in given]
+        out = tree_attention(*given, TREE, scale=None)
+        found.append(torch.autograd.grad((out * torch.linspace(-1, 1, 8)).sum(), given))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 def test_segments_know_their_paths() -> None:
     assert longest(TREE) == 12
     padded, owners = paths(TREE)
