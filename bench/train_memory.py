@@ -28,6 +28,9 @@ def measure_memory(side: str, cell: str, options: argparse.Namespace) -> int:
     for module in SIDES[side].modules:
         importlib.import_module(module)
     gc.collect()
+    # weights are mapped from their file and come into memory when first read: until then they would count as the side's
+    for parameter in base.model.parameters():
+        parameter.sum()
     before = _restart_peak()
     with ExitStack() as stack:
         step, _ = maker(side, options.compile == "on")(base, largest, stack)
