@@ -171,20 +171,13 @@ def _noting() -> Iterator[list[_Seen]]:
     seen: list[_Seen] = []
     before = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **others: Any,
-    ) -> tuple[Tensor, None]:
+    def attend(_module: nn.Module, *given: Any, **others: Any) -> tuple[Tensor, None]:
+        query, key, value, mask = given
+        dropout, scaling = others.pop("dropout", 0.0), others.pop("scaling", None)
         generator = torch.Generator().manual_seed(_SEED)
         shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         answer = torch.randn(shape, generator=generator).to(query.device, query.dtype)
-        others["attention_mask"] = attention_mask
+        others["attention_mask"] = mask
         seen.append(_Seen((query, key, value), dropout, scaling, others, answer))
         return answer, None
 

@@ -55,6 +55,7 @@ class _GatedMlp(torch.autograd.Function):
         shapes: tuple[Shape | None, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
+        """Keep e, g and each P, besides x or what it is made from."""
         flat = x.reshape(-1, x.shape[-1])
         *entry, down = layers_of(tensors, shapes, x.dtype)
         (e, g), kept = forward_products(flat, entry)

@@ -59,6 +59,7 @@ class _HeadLoss(torch.autograd.Function):
         shapes: Any,
         *tensors: Tensor | None,
     ) -> Tensor:
+        """Take loss and gradients chunk by chunk; only the gradients are kept."""
         (layer,) = layers_of(tensors, shapes, hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         work = _Work(hidden, layer, finish, predictions, pieces, wide)

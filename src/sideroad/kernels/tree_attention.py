@@ -51,6 +51,7 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
     ) -> Tensor:
+        """Attend part by part; the whole output and log-sum-exp are kept."""
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         total = query.new_empty(1, query.shape[2], query.shape[1])
         for one in segments:
@@ -68,6 +69,7 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Give every part the whole output and log-sum-exp, and add up what it returns."""
         query, key, value, out, total = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(one) for one in (query, key, value))
         rows = upstream, out, total
