@@ -1,11 +1,14 @@
-"""Attaching, loading and switching adapters: sideroad beside PEFT, interleaved.
+"""Attaching, loading, switching and merging adapters: sideroad beside PEFT, interleaved.
 
     python bench/attach.py [--rounds 5] [--adapters 20]
 
 `attach`: a new adapter of rank 16 on all linear layers of a Llama-2-7B-shaped model on the meta device (no weights, so
 nothing but the work of attaching). `load` and `switch`: a random Llama of 12 small blocks with many adapters; the time
-to load one more from its directory, and to let another one act, with the first and with the last of them. Prints
-medians and ratios, and writes one JSON file.
+to load one more from its directory, and to let another one act, with the first and with the last of them. `merge` and
+`unmerge`: rank 16 on all linear layers of SmolLM2-135M in fp32 (a download on first use); the first time, when every
+page of the weights is written for the first time, and the median of the later ones. PEFT merges in place and subtracts
+again; sideroad keeps the base's bytes, so that unmerging restores them exactly. Prints medians and ratios, and writes
+one JSON file.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sideroad import Adapter, AdapterConfig, LoraMethod, __version__, attach, attached
+from sideroad.base.config import BaseConfig
+from sideroad.base.loading import load_base
 
 ROOT = Path(__file__).resolve().parent.parent
 Sides = dict[str, float]
@@ -87,6 +92,24 @@ def loading(adapters: int) -> dict[str, Sides]:
     return found
 
 
+def merging(rounds: int) -> dict[str, Sides]:
+    """Return seconds to merge an adapter into SmolLM2-135M and to take it out again, on both sides."""
+    ours = load_base(BaseConfig(model="smollm2-135m-instruct"), dtype=torch.float32).model
+    handle = attach(ours, AdapterConfig(method=LoraMethod(rank=16)))
+    theirs = load_base(BaseConfig(model="smollm2-135m-instruct"), dtype=torch.float32).model
+    config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(theirs, config)
+    taken: dict[str, dict[str, list[float]]] = {"merge": {"peft": [], "ours": []}, "unmerge": {"peft": [], "ours": []}}
+    for _ in range(rounds + 1):
+        taken["merge"]["peft"].append(seconds(wrapped.merge_adapter))
+        taken["merge"]["ours"].append(seconds(handle.merge))
+        taken["unmerge"]["peft"].append(seconds(wrapped.unmerge_adapter))
+        taken["unmerge"]["ours"].append(seconds(handle.unmerge))
+    found = {f"{what}, first": {side: times[0] for side, times in sides.items()} for what, sides in taken.items()}
+    later = {side: statistics.median(times[1:]) for side, times in taken["merge"].items()}
+    return {**found, "merge, later": later}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/attach.json")
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    cells = {"attach, 7B on meta": attaching(options.rounds), **loading(options.adapters)}
+    cells = {"attach, 7B on meta": attaching(options.rounds), **loading(options.adapters), **merging(options.rounds)}
     print(f"{'':<28}{'PEFT ms':>10}{'ours ms':>10}{'PEFT/ours':>11}")
     for name, sides in cells.items():
         theirs, ours = (sides[side] * 1e3 for side in ("peft", "ours"))

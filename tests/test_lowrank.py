@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,3 +89,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         random().apply_to(torch.zeros(9, 7))
     with pytest.raises(AdapterError, match="cannot truncate to rank 0"):
         random().truncate(0)
+
+
+def test_no_entry_exceeds_the_bound() -> None:
+    low = random(7, 5, 3)
+    assert float(low.dense().abs().max()) <= low.bound()
+    assert math.isnan(LowRank(low.A, low.B * float("nan")).bound())

@@ -65,6 +65,14 @@ class LowRank:
         _, core, _ = self._core()
         return float(torch.linalg.matrix_norm(core))
 
+    def bound(self) -> float:
+        """Return a number that no entry of `B @ A` exceeds in size, by the Cauchy-Schwarz inequality; NaN where one is.
+
+        Costs as much as reading the factors; gain is left out.
+        """
+        A, B = self._precise()
+        return float(B.norm(dim=1).amax() * A.norm(dim=0).amax())
+
     def singular_values(self) -> Tensor:
         """Return the min(rank, out, in) possibly non-zero singular values of `B @ A`, largest first, in fp64.
 
