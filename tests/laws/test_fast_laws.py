@@ -69,7 +69,8 @@ def examples() -> tuple[Encoded, ...]:
 
 
 @cache
-def compiled_pieces() -> Pieces:
+def compiled_pieces(model: str) -> Pieces:
+    """The pieces of a run; each model has its own, as each run has."""
     return compiled()
 
 
@@ -99,7 +100,7 @@ def execution(case: Case, model: nn.Module) -> Execution:
     config = TrainConfig(compile="off")
     made = choose_execution(model, route, config, pad_id=0, share=case["layout"] == "shared")
     if case["pieces"] == "compiled":
-        made = Execution(**{**vars(made), "pieces": compiled_pieces()})
+        made = Execution(**{**vars(made), "pieces": compiled_pieces(case["model"])})
     return made
 
 
