@@ -76,6 +76,11 @@ class Convolution:
         back = conv.groups if B.shape[1] * conv.groups == A.shape[0] else 1
         return y + convolve((low * factor).to(y.dtype), B.to(y.dtype), groups=back)
 
+    def product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the convolution of x without its bias."""
+        conv = _conv(layer)
+        return cast(Tensor, conv._conv_forward(x, conv.weight, None))
+
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Return the bias as [out, 1, ...]: outputs are channels, in front of the places."""
         return bias.reshape(-1, *[1] * len(_conv(layer).kernel_size))
