@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -102,6 +103,8 @@ def _task_type(model: nn.Module) -> str | None:
     """Return the task that PEFT's files name; it chooses a class there that asks the base for what generation needs."""
     if not hasattr(model, "prepare_inputs_for_generation"):
         return None
+    if "input_ids" not in inspect.signature(type(model).forward).parameters:
+        return None  # that class would hand them to a forward that reads sound or pictures
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 

@@ -16,6 +16,7 @@ from sideroad.joining import Placed, state_without_adapters
 from sideroad.kinds import ALLOWED
 from sideroad.kinds.convolution import CLASSES
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
+from sideroad.kinds.prepared import PreparedConvolution, asked
 from sideroad.methods import PARTS, ROWS, START, objection, tokens_of
 from sideroad.pairs import pair_shapes
 from sideroad.peft_keys import PEFT_CONVOLUTION
@@ -203,6 +204,11 @@ def _kind_problems(
             "has a pair of PEFT, which trains A without dilation and padding mode; this "
             f"{type(layer).__name__} has them ({layer.extra_repr()}), so the pair would act otherwise here. Train it "
             "again here, where A has the layer's geometry"
+        )
+    if said == PEFT_CONVOLUTION and isinstance(kind, PreparedConvolution) and asked(layer) == "prepared":
+        yield (
+            f"has a pair of PEFT, which trains A on the input as it comes; this {type(layer).__name__} has a forward "
+            "of its own that prepares it first, so the pair would act otherwise here. Train it again here"
         )
 
 
