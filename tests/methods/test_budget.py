@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ def test_the_schedule_is_cubic_between_its_ends() -> None:
     sizes = [made.size(step) for step in range(1, 101)]
     assert sizes[9] == 10
     assert sizes[69] == sizes[-1] == 2
-    assert all(a >= b for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(sizes))
     assert made.size(40) == 2 + int(8 * 0.5**3)
 
 

@@ -62,9 +62,12 @@ def test_it_learns_resumes_and_leaves_an_adapter(tmp_path: Path, shared_model_di
 
 
 def test_the_best_of_an_adalora_run_is_put_back(tmp_path: Path, shared_model_dir: Path) -> None:
-    changes = {"keep": "best", "keep_checkpoints": 1}
     recipe = small_recipe(
-        tmp_path, shared_model_dir, adapter={"method": METHODS["adalora"]}, train=changes, optim={"lr": 30.0, "schedule": "constant"}
+        tmp_path,
+        shared_model_dir,
+        adapter={"method": {**METHODS["adalora"], "orthogonality": 0}},
+        train={"keep": "best", "keep_checkpoints": 1},
+        optim={"lr": 3.0, "schedule": "constant"},
     )
     result = train(recipe, tmp_path / "run")
     assert result.best_step is not None
