@@ -75,7 +75,8 @@ def start_from_weight(weight: Tensor, init: str, rank: int, scale: float, seed: 
     if init == "pissa-fast" and rank < most:
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(seed)
-            U, S, V = torch.svd_lowrank(wide, q=min(rank, most), niter=16)
+            # a few directions more than wanted make the last ones exact
+            U, S, V = torch.svd_lowrank(wide, q=min(rank + 8, most), niter=16)
         Vh = V.t()
     else:
         U, S, Vh = torch.linalg.svd(wide, full_matrices=False)

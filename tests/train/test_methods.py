@@ -66,7 +66,7 @@ def test_the_best_of_an_adalora_run_is_put_back(tmp_path: Path, shared_model_dir
         tmp_path,
         shared_model_dir,
         adapter={"method": {**METHODS["adalora"], "orthogonality": 0}},
-        train={"keep": "best", "keep_checkpoints": 1},
+        train={"keep": "best", "keep_checkpoints": 1, "epochs": 8},
         optim={"lr": 3.0, "schedule": "constant"},
     )
     result = train(recipe, tmp_path / "run")
