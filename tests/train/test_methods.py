@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import assert_same_run, small_recipe, step_losses
-from tiny import IDS
+from tiny import IDS, write_jsonl
 
 from sideroad.adapter import Adapter
 from sideroad.attaching import attach
@@ -62,12 +62,15 @@ def test_it_learns_resumes_and_leaves_an_adapter(tmp_path: Path, shared_model_di
 
 
 def test_the_best_of_an_adalora_run_is_put_back(tmp_path: Path, shared_model_dir: Path) -> None:
+    # what training on other rows makes worse
+    strange = [{"messages": [{"role": "user", "content": "%"}, {"role": "assistant", "content": "#~^" * 9}]}] * 4
     recipe = small_recipe(
         tmp_path,
         shared_model_dir,
         adapter={"method": {**METHODS["adalora"], "orthogonality": 0}},
-        train={"keep": "best", "keep_checkpoints": 1, "epochs": 8},
-        optim={"lr": 3.0, "schedule": "constant"},
+        train={"keep": "best", "keep_checkpoints": 1, "epochs": 4},
+        optim={"lr": 0.3, "schedule": "constant"},
+        data={"validation": str(write_jsonl(tmp_path / "strange.jsonl", strange))},
     )
     result = train(recipe, tmp_path / "run")
     assert result.best_step is not None
