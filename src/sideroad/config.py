@@ -43,6 +43,7 @@ class EvaInit(Settings):
     """A from the principal directions of each layer's input (EVA, Paischer et al. 2024, arXiv:2410.07170); B is 0."""
 
     kind: Literal["eva"] = "eva"
+    """Name of the start; `init: eva` is short for its defaults."""
     batches: Annotated[int, Field(ge=1)] = 8
     """Micro-batches of training data to look at."""
     rho: Annotated[float, Field(ge=1)] = 2.0
@@ -55,6 +56,7 @@ class LoraGaInit(Settings):
     subtracted."""
 
     kind: Literal["lora-ga"] = "lora-ga"
+    """Name of the start; `init: lora-ga` is short for its defaults."""
     batches: Annotated[int, Field(ge=1)] = 8
     """Micro-batches of training data whose gradient is taken."""
     gamma: Annotated[float, Field(gt=0)] = 16.0
@@ -304,14 +306,15 @@ def _trail(schema: type[Settings], location: Iterable[Any]) -> tuple[list[str], 
             continue
         parts.append(part)
         field = schema.model_fields.get(part)
-        found = list(_settings_in(field.annotation)) if field else []
+        found = list(settings_in(field.annotation)) if field else []
         schema = found[0] if found else schema
         members = [one for one in found if "kind" in one.model_fields]
     return parts, schema
 
 
-def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+def settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    """Yield the sections that a type annotation names, those of unions one by one."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         yield annotation
     for argument in get_args(annotation):
-        yield from _settings_in(argument)
+        yield from settings_in(argument)

@@ -11,6 +11,8 @@ from sideroad.train.recipe import dump_recipe, load_recipe
 
 PLAIN = "base: {model: owner/model}\ndata: {train: owner/rows}\n"
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 
 def written(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
     path = folder / name
@@ -148,3 +150,9 @@ def test_a_home_of_nobody_is_a_missing_path_not_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "task.yaml"
     path.write_text("base: {model: ~nobody-of-this-name/model}\ndata: {train: ~nobody-of-this-name/x.jsonl}\n")
     assert load_recipe(path).data.train_sources[0].endswith("~nobody-of-this-name/x.jsonl")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_a_recipe(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert Path(str(recipe.data.train)).is_file()

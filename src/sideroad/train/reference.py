@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sideroad.config import Settings
+from sideroad.config import Settings, settings_in
 from sideroad.train.recipe import Recipe
 
 INTRODUCTION = """\
@@ -23,21 +23,22 @@ unknown key is an error. Relative data paths start at the recipe file. This page
 
 def recipe_reference() -> str:
     """Return `docs/recipe.md`: one table for each section of a recipe, in the order of the schema."""
-    top = [(name, field) for name, field in Recipe.model_fields.items() if _settings_of(field) is None]
+    top = [(name, field) for name, field in Recipe.model_fields.items() if _is_plain(field)]
     parts = [INTRODUCTION, *_sections("", Recipe), "## At the top\n", _table("", top)]
     return "\n".join(parts)
 
 
 def _sections(prefix: str, schema: type[Settings]) -> Iterator[str]:
     for name, field in schema.model_fields.items():
-        section = _settings_of(field)
-        if section is None:
-            continue
-        path = f"{prefix}{name}"
-        yield f"## `{path}`\n\n{_one_line(section.__doc__)}\n"
-        plain = [(key, inner) for key, inner in section.model_fields.items() if _settings_of(inner) is None]
-        yield _table(f"{path}.", plain)
-        yield from _sections(f"{path}.", section)
+        members, path = _members(field), f"{prefix}{name}"
+        for section in members:
+            kind = section.model_fields["kind"].default if "kind" in section.model_fields else None
+            yield f"## `{path}`{f' with `kind: {kind}`' if kind else ''}\n\n{_one_line(section.__doc__)}\n"
+            plain = [(key, inner) for key, inner in section.model_fields.items() if _is_plain(inner)]
+            yield _table(f"{path}.", plain)
+            # what the members of a union share is told once
+            if section is members[0]:
+                yield from _sections(f"{path}.", section)
 
 
 def _table(prefix: str, fields: list[tuple[str, FieldInfo]]) -> str:
@@ -68,9 +69,14 @@ def _one_line(text: str | None) -> str:
     return re.sub(r"\s+", " ", text or "").strip()
 
 
-def _settings_of(field: FieldInfo) -> type[Settings] | None:
-    candidates = (field.annotation, *get_args(field.annotation))
-    return next((one for one in candidates if isinstance(one, type) and issubclass(one, Settings)), None)
+def _is_plain(field: FieldInfo) -> bool:
+    """Whether a field has a line in its section's table: a value, or a word that may stand for settings."""
+    return not _members(field) or isinstance(field.default, str)
+
+
+def _members(field: FieldInfo) -> list[type[Settings]]:
+    """The sections that a field may hold, the members of unions one by one."""
+    return list(settings_in(field.annotation))
 
 
 if __name__ == "__main__":
