@@ -14,6 +14,7 @@ from sideroad.handle import Attached
 from sideroad.hold import HANDLE
 from sideroad.init import draw_seed, start_tensors
 from sideroad.joining import Placed, start_rows, state_without_adapters
+from sideroad.kinds.experts import layer_at, same_layer
 from sideroad.methods import ROWS
 from sideroad.peft_keys import BASE
 from sideroad.survey import Survey
@@ -104,7 +105,7 @@ def _place(handle: Attached, value: Adapter, name: str) -> Placed:
     try:
         placed = fit(handle.survey(), value, name)
         known = handle.survey().modules
-        if all(handle.model.get_submodule(path) is known[path] for path in placed.paths):
+        if all(same_layer(layer_at(handle.model, path), known[path]) for path in placed.paths):
             return placed
     except (AdapterError, AttributeError):
         pass

@@ -16,7 +16,7 @@ from sideroad.joining import Placed, state_without_adapters
 from sideroad.kinds import ALLOWED
 from sideroad.kinds.convolution import CLASSES
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
-from sideroad.methods import BRANCHLESS, PARTS, ROWS, tokens_of
+from sideroad.methods import PARTS, ROWS, branchless, tokens_of
 from sideroad.pairs import pair_shapes
 from sideroad.peft_keys import PEFT_CONVOLUTION
 from sideroad.route import deltas_of
@@ -65,8 +65,10 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
         if canonical in placed or canonical in modules:
             problems.setdefault((path, "is the same module as another path of this adapter"), []).append(path)
         (modules if whole else placed)[canonical] = parts
+    stacked = {path.rpartition(".")[2] for path in placed if path in survey.experts}
     for path in survey.select(value.config, []):
-        if path not in placed:
+        # a name such as down_proj, or all-linear, may be older than adapters of experts, or of one that never means any
+        if path not in placed and (path not in survey.experts or path.rpartition(".")[2] in stacked):
             key = (path.rpartition(".")[2], f"has no tensors, but targets {_shown(value.config)} mean it")
             problems.setdefault(key, []).append(path)
     findings = [_told(paths, problem) for (_, problem), paths in problems.items()]
@@ -188,7 +190,7 @@ def _kind_problems(
     if "A" not in parts or kind is None or layer is None:
         return
     if kind.seam == "owner" and dropout:
-        yield f"cannot have the adapter's dropout of {dropout}: it {BRANCHLESS}"
+        yield f"cannot have the adapter's dropout of {dropout}: it {branchless(kind)}"
     embedding = EmbeddingKind.name
     if (said == embedding) != (kind.name == embedding):
         made, found = ("an embedding", "not one") if said == embedding else ("another kind of layer", "an embedding")

@@ -22,6 +22,7 @@ from sideroad.base.progress import OnProgress
 from sideroad.base.quiet import quiet
 from sideroad.errors import MergeError, raise_findings
 from sideroad.files import JSON, json_text, read_json, refuse_occupied_path, replace_directory, write_bytes
+from sideroad.kinds.experts import layer_at
 from sideroad.lowrank import LowRank
 from sideroad.tensor_files import read_tensors, same_bits, shorten
 from sideroad.vocabulary import grow
@@ -224,7 +225,7 @@ def _rounding(model: nn.Module, changes: Mapping[str, LowRank], target: torch.dt
     for path, change in changes.items():
         size = change.norm()
         if size > 0:
-            exact = change.apply_to(read_dense(model.get_submodule(path)).double())
+            exact = change.apply_to(read_dense(layer_at(model, path)).double())
             shares.append(float((exact.to(target).double() - exact).norm()) / size)
     return max(shares, default=None)
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
-from sideroad.kinds import kind_of
+from sideroad.kinds import Kind, kind_of
 from sideroad.kinds.convolution import CLASSES, sees_all_inputs
+from sideroad.kinds.experts import Experts
 from sideroad.lowrank import LowRank
 from sideroad.methods.lora import BiasDelta, LoraDelta
 from sideroad.methods.replaced import Replaced
@@ -33,11 +34,14 @@ from sideroad.scaling import scale
 PARTS: Mapping[str, tuple[str, ...]] = {"lora": ("A", "B")}
 """Method kind → names of the tensors that a target needs; `bias` may stand beside them or alone."""
 
-BRANCHLESS = (
+_NO_BRANCH = (
     "is a projection of nn.MultiheadAttention, which reads its weight and has no branch to drop from. Set dropout to "
     "0, or leave the attention out with exclude"
 )
-"""Why there can be no dropout on a kind whose seam is its owner."""
+_NO_BRANCH_EXPERTS = (
+    "is a stacked weight of fused experts, whose forward reads it, so there is no branch to drop from. Set dropout to "
+    "0, or leave the experts out with exclude"
+)
 
 ROWS = "rows"
 """Name of the tensor that holds trained token rows, [ids, dim]."""
@@ -78,7 +82,7 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
     kind = kind_of(layer)
     assert kind is not None, "fitting and targets let only known kinds through"
     if kind.seam == "owner" and config.method.dropout:
-        raise AdapterError(f"dropout is {config.method.dropout}, but {path} {BRANCHLESS}.")
+        raise AdapterError(f"dropout is {config.method.dropout}, but {path} {branchless(kind)}.")
     parts, out_features = slices_of(config, path), kind.shape(layer)[0]
     return LoraDelta(
         placed["A"],
@@ -90,6 +94,11 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
         where=None if parts is None else blocks(parts, out_features),
         out_features=out_features,
     )
+
+
+def branchless(kind: Kind) -> str:
+    """Say why there can be no dropout on a kind whose seam is its owner."""
+    return _NO_BRANCH_EXPERTS if isinstance(kind, Experts) else _NO_BRANCH
 
 
 def tune_delta(delta: nn.Module, config: AdapterConfig, path: str, layer: nn.Module) -> None:

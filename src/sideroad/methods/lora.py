@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sideroad.errors import MergeError
 from sideroad.kinds import Kind, kind_of
 from sideroad.kinds.convolution import CLASSES, sees_all_inputs
+from sideroad.kinds.experts import Experts, per_expert
 from sideroad.kinds.linear import Linear
 from sideroad.lowrank import LowRank
 from sideroad.methods.rows import TiedRows
@@ -84,10 +85,12 @@ class LoraDelta(nn.Module):
         """Return weight + factor · s · B A, in fp32 or wider and with gradients; for weights that others read.
 
         Args:
-            weight: [out, in] as `kind` stores it.
+            weight: as `kind` stores it: [out, in], or one such matrix for each expert.
         """
-        A, B = matrices(self.A, self.B, self.where, self.out_features)
         wide = torch.promote_types(weight.dtype, torch.float32)
+        if isinstance(self.kind, Experts):
+            return self.kind.changed(weight.to(wide), self.A.to(wide), self.B.to(wide), factor * self.scale)
+        A, B = matrices(self.A, self.B, self.where, self.out_features)
         return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=factor * self.scale)
 
     def changed(self, layer: nn.Module) -> tuple[str, ...]:
@@ -109,6 +112,13 @@ class LoraDelta(nn.Module):
         wide = torch.promote_types(self.A.dtype, torch.float32)
         A, B = self.A.detach().to(wide), self.B.detach().to(wide) * self.scale
         return LowRank(*matrices(A, B, self.where, self.out_features))
+
+    def bound(self, layer: nn.Module) -> float:
+        """Return a number that no entry of the weight's change exceeds in size; NaN where one is."""
+        if not isinstance(self.kind, Experts):
+            return self.lower(layer).bound()
+        A, B = per_expert(self.A.detach().double(), self.B.detach().double(), self.A.shape[0] // self.B.shape[1])
+        return abs(self.scale) * float((B.norm(dim=2).amax(1) * A.norm(dim=1).amax(1)).amax())
 
     def extra_repr(self) -> str:
         """Show rank, scale and dropout in the model's printout."""
