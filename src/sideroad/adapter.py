@@ -19,10 +19,21 @@ from sideroad.errors import AdapterError, ConfigError, did_you_mean, raise_findi
 from sideroad.files import JSON, json_text, parse_object, read_json, replace_directory, write_bytes
 from sideroad.lowrank import LowRank
 from sideroad.pairs import blocks, compact, enabled, matrices, out_of, slices_of, spread
+from sideroad.peft_experts import fold, unfold
 from sideroad.peft_fields import shown
-from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, unfold_slices, write_config
-from sideroad.peft_keys import BASE, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
+from sideroad.peft_format import (
+    Reading,
+    file_rank,
+    file_ranks,
+    read_config,
+    said_rank,
+    saved_names,
+    unfold_slices,
+    write_config,
+)
+from sideroad.peft_keys import BASE, EXPERTS, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
 from sideroad.peft_parts import attention_findings
+from sideroad.peft_targets import names_in
 from sideroad.scaling import RULES, scale
 from sideroad.targets import alpha_of, rank_of
 from sideroad.tensor_checks import weight_findings
@@ -50,12 +61,13 @@ class Adapter:
 
     Args:
         weights: module path → `A` [rank, in] and `B` [out, rank] (other kinds of layers: `sideroad.kinds`; slices:
-            compact, `sideroad.pairs`), and `bias` [out] where one was trained; a module whose bias alone was trained
-            has only `bias`; `rows` [ids, dim] of trained tokens. Ranks come from these tensors, whatever `config` says.
+            compact, `sideroad.pairs`; fused experts have a path for each stacked weight), and `bias` [out] where one
+            was trained; a module whose bias alone was trained has only `bias`; `rows` [ids, dim] of trained tokens.
+            Ranks come from these tensors, whatever `config` says.
         base: the model it was made for.
         modules: path of a module trained whole → its state.
-        kinds: path → `embedding`, `attention-output` or `peft-convolution`, for pairs that files name, or PEFT
-            computes, in another way.
+        kinds: path → `embedding`, `attention-output`, `experts` or `peft-convolution`, for pairs that files name or
+            hold, or PEFT computes, in another way.
         foreign: harmless fields of others in adapter_config.json; they are written back as they are.
         manifest: our own extras, kept in sideroad.json beside PEFT's files; any JSON but the names in `RESERVED`.
     """
@@ -125,7 +137,8 @@ class Adapter:
         tensors = read_sharded(source) if source.name.endswith(".json") else read_tensors(source)
         found = from_tensors(tensors, saved_names(fields))
         fields, found.weights = unfold_slices(fields, found.weights)
-        findings = found.findings + weight_findings(found.weights, found.modules, found.kinds)
+        findings = found.findings + unfold(found, names_in(fields), lambda path: said_rank(fields, path))
+        findings += weight_findings(found.weights, found.modules, found.kinds)
         ranks = {} if findings else file_ranks(fields, found.weights, found.kinds)
         reading = read_config(
             fields, ranks, found, stored_float32=_stored_float32(found.weights), allow_unknown=allow_unknown,
@@ -164,7 +177,9 @@ class Adapter:
                 with other things in it, a full disk; what was there before is then untouched.
         """
         plain = self._plain()
-        findings = weight_findings(plain.weights, plain.modules) + _bias_findings(self.config, self.weights)
+        experts = [path for path, kind in self.kinds.items() if kind == EXPERTS]
+        findings = weight_findings(plain.weights, plain.modules, experts=experts)
+        findings += _bias_findings(self.config, self.weights)
         alphas = {path: alpha_of(self.config, path) for path in self.paths}
         findings += [] if findings else attention_findings(self.ranks, alphas, self.kinds)
         findings += [
@@ -176,7 +191,7 @@ class Adapter:
         def build(draft: Path) -> None:
             for name, text in files.items():
                 write_bytes(draft / name, text.encode())
-            write_tensors(draft / WEIGHTS, to_tensors(plain.weights, plain.modules, plain.kinds))
+            write_tensors(draft / WEIGHTS, to_tensors(fold(plain.weights, plain.kinds), plain.modules, plain.kinds))
 
         replace_directory(Path(path), build, objection=must_not_replace)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sideroad.errors import MergeError
 from sideroad.interrupts import uninterrupted
 from sideroad.kinds import kind_of
-from sideroad.kinds.experts import Experts, layer_at, place_of
+from sideroad.kinds.experts import Experts, ExpertWeight, layer_at
 from sideroad.lowrank import LowRank
 from sideroad.methods import Delta, acting
 from sideroad.methods.lora import LoraDelta
@@ -82,8 +82,8 @@ def merge_into(model: nn.Module, parts: Parts, *, keep_base: bool) -> tuple[Kept
     if empty:
         raise MergeError(f"{empty[0]} is on the meta device: there is no weight to merge into; load the model first.")
     shared = {path for path in layers if all(getattr(delta, "shared", False) for delta, _ in parts[path])}
-    written = [place_of(model, path, name) for path, found in names.items() if path not in shared for name in found]
-    ties = find_ties(model, written, [place_of(model, path, "weight") for path in shared])
+    written = [_held_at(layers[path], path, name) for path in layers if path not in shared for name in names[path]]
+    ties = find_ties(model, written, [place(path, "weight") for path in shared])
     layers = _without_followers(layers, shared - ties.keys())
     parts = {path: parts[path] for path in layers}
     _refuse_non_finite(layers, parts)
@@ -182,6 +182,20 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
     owner = module.get_submodule(parent)
     found = owner._parameters.get(leaf)
     return owner.get_buffer(leaf) if found is None else found
+
+
+def place(path: str, name: str) -> tuple[str, str]:
+    """Return (path of the module that holds a tensor itself, its name there)."""
+    whole = f"{path}.{name}" if path else name
+    owner, _, leaf = whole.rpartition(".")
+    return owner, leaf
+
+
+def _held_at(layer: nn.Module, path: str, name: str) -> tuple[str, str]:
+    """As `place`; a stacked weight is a parameter of the experts module."""
+    if isinstance(layer, ExpertWeight):
+        return path.removesuffix(layer.name).removesuffix("."), layer.name
+    return place(path, name)
 
 
 def _without_followers(layers: Mapping[str, nn.Module], shared: set[str]) -> dict[str, nn.Module]:

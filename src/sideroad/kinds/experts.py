@@ -175,21 +175,6 @@ def same_layer(one: nn.Module, other: nn.Module) -> bool:
     return one is other
 
 
-def place_of(model: nn.Module, path: str, name: str) -> tuple[str, str]:
-    """Return (path of the module that holds a layer's tensor itself, its name there).
-
-    Args:
-        path: of the layer.
-        name: of the tensor, dotted where it is inside the layer.
-    """
-    layer = layer_at(model, path)
-    if isinstance(layer, ExpertWeight):
-        return path.rpartition(".")[0], layer.name
-    whole = f"{path}.{name}" if path else name
-    owner, _, leaf = whole.rpartition(".")
-    return owner, leaf
-
-
 def routers(modules: Mapping[str, nn.Module]) -> set[str]:
     """Return the paths of linear layers that choose experts, or weigh a shared one: normally they stay frozen.
 
