@@ -61,6 +61,11 @@ class Survey:
         self.routers = routers(self.modules)
         self.heads = _heads(model, self.linear)
 
+    @property
+    def called(self) -> dict[str, nn.Module]:
+        """The paths of real modules, without the views of stacked weights."""
+        return {path: module for path, module in self.modules.items() if not isinstance(module, ExpertWeight)}
+
     def select(self, config: AdapterConfig, findings: list[str]) -> list[str]:
         """Return the chosen canonical paths in model order; append what is wrong with the patterns to `findings`."""
         patterns = (config.targets,) if isinstance(config.targets, str) else config.targets
