@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from torch import nn
@@ -16,12 +17,15 @@ from sideroad.init import draw_seed, start_tensors
 from sideroad.joining import Placed, start_rows, state_without_adapters
 from sideroad.kinds.experts import layer_at, same_layer
 from sideroad.methods import ROWS
+from sideroad.mixtures import mixture_notes
 from sideroad.peft_keys import BASE
 from sideroad.survey import Survey
 from sideroad.targets import resolve
 from sideroad.tying import find_followers, tying_findings
 
 __all__ = ["Attached", "attach", "attached"]
+
+logger = logging.getLogger(__name__)
 
 
 def attached(model: nn.Module) -> Attached | None:
@@ -116,6 +120,10 @@ def _start(survey: Survey, config: AdapterConfig, seed: int | None, any_rank: bo
     """Resolve a configuration and draw the tensors of a new adapter, in model order."""
     targets = resolve(survey, config, any_rank=any_rank)
     biased, rows, whole = set(survey.biases(config, targets)), survey.rows(config, []), survey.whole(config, [])
+    for note in mixture_notes(survey, config, targets).covered:
+        logger.info("%s", note)
+    for note in mixture_notes(survey, config, targets).left:
+        logger.warning("%s", note)
     raise_findings(TargetError, "tying", tying_findings(survey, config, [*targets, *rows, *whole]))
     chosen = draw_seed() if seed is None else seed
     tensors = {

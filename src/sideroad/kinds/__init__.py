@@ -29,7 +29,7 @@ KINDS: tuple[Kind, ...] = (
 """Every kind; no layer is claimed by two."""
 
 ALLOWED = (
-    "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d/2d/3d, the projections of nn.MultiheadAttention and the weights of "
+    "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d/2d/3d and the projections of nn.MultiheadAttention, and the weights of "
     "fused experts"
 )
 """The kinds in words, for messages."""

@@ -21,6 +21,7 @@ from sideroad.data.sharing import group
 from sideroad.errors import ConfigError, TrainingError
 from sideroad.kernels.frozen_part import blocks_below
 from sideroad.kernels.isolation import PackingRoute, choose_route
+from sideroad.mixtures import mixture_notes
 from sideroad.train.choosing import choose_execution, short_row
 from sideroad.train.environment import describe
 from sideroad.train.events import Event, Note
@@ -72,6 +73,9 @@ def prepare(
     base = _load_base(recipe, recorded, offline=offline, emit=emit)
     data = _load_data(recipe, base, offline=offline, emit=emit)
     attached = attach(base.model, recipe.adapter, NAME, seed=derive(recipe.seed, "init"), trainable=True)
+    survey = attached.survey()
+    for note in mixture_notes(survey, recipe.adapter, attached.paths(NAME)).lines:
+        emit(Note(note))
     if recipe.train.gradient_checkpointing:
         _enable_checkpointing(base)
     route = _choose_route(recipe, base, recorded, emit)
