@@ -18,7 +18,15 @@ from sideroad.attaching import Attached, attach, attached
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError, TargetError
 from sideroad.kinds import kind_of
-from sideroad.kinds.experts import Experts, ExpertWeight, TransposedExperts, expert_weights, layer_at, per_expert, routers
+from sideroad.kinds.experts import (
+    Experts,
+    ExpertWeight,
+    TransposedExperts,
+    expert_weights,
+    layer_at,
+    per_expert,
+    routers,
+)
 from sideroad.survey import Survey
 from sideroad.targets import resolve
 from sideroad.weights import read_dense, write_dense
@@ -201,7 +209,7 @@ def test_parameters_are_counted_and_shown() -> None:
     assert one.parameters == 3 * 4 * (16 + 48)
     handle = attach(model, AdapterConfig(targets=tuple(targets), method=LoraMethod(rank=3)))
     assert sum(p.numel() for p in handle.parameters("default").values()) == 2 * 3 * 4 * ((16 + 48) + (24 + 16))
-    with pytest.raises(TargetError, match=r"rank 17 is larger than .*\[out, in\] = \[48, 16\].* largest rank there is 16"):
+    with pytest.raises(TargetError, match=r"\[out, in\] = \[48, 16\].* largest rank there is 16"):
         resolve(model, AdapterConfig(targets="gate_up_proj", method=LoraMethod(rank=17)))
 
 
@@ -211,7 +219,7 @@ def test_all_linear_covers_experts_and_leaves_routers() -> None:
         chosen = set(resolve(model, AdapterConfig(method=LoraMethod(rank=2))))
         assert {path for path in chosen if "experts" in path} == set(Survey(model).experts)
         assert len(Survey(model).experts) == 4
-        assert not [path for path in chosen if "gate" in path.split(".")[-1] and "proj" not in path or "router" in path]
+        assert not [path for path in chosen if path.endswith("gate") or "router" in path]
     model = mixture("qwen2_moe")
     assert routers(Survey(model).modules) == {f"model.layers.{n}.mlp.shared_expert_gate" for n in (0, 1)}
     named = resolve(model, AdapterConfig(targets="shared_expert_gate", method=LoraMethod(rank=1)))
@@ -230,7 +238,9 @@ def test_a_linear_router_is_found_beside_its_experts() -> None:
     model = nn.ModuleDict({"block": Block()})
     assert routers(Survey(model).modules) == {"block.gate", "block.router.0"}
     chosen = resolve(model, AdapterConfig(method=LoraMethod(rank=1)))
-    assert set(chosen) == {"block.shared.0", "block.shared.2", "block.widen", "block.experts.up_proj", "block.experts.down_proj"}
+    assert {path.removeprefix("block.") for path in chosen} == {
+        "shared.0", "shared.2", "widen", "experts.up_proj", "experts.down_proj",
+    }  # fmt: skip
 
 
 def test_dropout_is_refused_by_name() -> None:
@@ -248,15 +258,15 @@ def test_dropout_is_refused_by_name() -> None:
 
 
 def test_what_experts_cannot_have_is_refused_by_name() -> None:
-    with pytest.raises(TargetError, match=r'modules_to_save "up_proj" means experts.up_proj, which is a stacked weight'):
+    with pytest.raises(TargetError, match=r'"up_proj" means experts.up_proj, which is a stacked weight'):
         attach(Own(), AdapterConfig(targets=(), modules_to_save=("up_proj",)))
-    with pytest.raises(TargetError, match="slices are given for experts.up_proj"):
+    with pytest.raises(TargetError, match=r"slices are given for experts.up_proj"):
         attach(Own(), AdapterConfig(targets="up_proj", slices={"up_proj": (True, False)}, method=LoraMethod(rank=2)))
     with pytest.raises(TargetError, match=r'(?s)target "experts" means OwnExperts .*Layers found: up_proj, down_proj'):
         attach(Own(), AdapterConfig(targets="experts"))
     model = mixture("mixtral")
     handle = adapted(model, ("q_proj", "gate_up_proj"))
-    with handle.rows(["default", None]), pytest.raises(AdapterError, match=r"adapter of fused experts \(MixtralExperts\)"):
+    with handle.rows(["default", None]), pytest.raises(AdapterError, match=r"of fused experts \(MixtralExperts\)"):
         model(IDS)
     attach(model, AdapterConfig(targets="q_proj", method=LoraMethod(rank=2)), "attention")
     with handle.rows(["attention", None]):
@@ -311,7 +321,7 @@ def test_a_value_comes_off_and_goes_on_again_and_loads_in_place() -> None:
 
 def test_tensors_that_do_not_fit_are_named() -> None:
     value = adapted(Own()).adapter("default")
-    with pytest.raises(AdapterError, match=r"experts.up_proj: has A of shape \[6, 6\]; the layer needs \[8, 6\] for rank 2"):
+    with pytest.raises(AdapterError, match=r"has A of shape \[6, 6\]; the layer needs \[8, 6\] for rank 2"):
         attach(Own(4), value)
     half = {"experts.up_proj": value.weights["experts.up_proj"]}
     assert attach(Own(), Adapter(value.config, half, kinds=value.kinds)).paths("default") == ("experts.up_proj",)
