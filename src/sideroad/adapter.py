@@ -17,6 +17,7 @@ from sideroad.adapter_files import CONFIG, MANIFEST, WEIGHTS, find_weights, must
 from sideroad.config import AdapterConfig, validate
 from sideroad.errors import AdapterError, ConfigError, did_you_mean, raise_findings
 from sideroad.files import JSON, json_text, parse_object, read_json, replace_directory, write_bytes
+from sideroad.kinds.experts import per_expert
 from sideroad.lowrank import LowRank
 from sideroad.pairs import blocks, compact, enabled, matrices, out_of, slices_of, spread
 from sideroad.peft_experts import fold, unfold
@@ -36,7 +37,7 @@ from sideroad.peft_parts import attention_findings
 from sideroad.peft_targets import names_in
 from sideroad.scaling import RULES, scale
 from sideroad.targets import alpha_of, rank_of
-from sideroad.tensor_checks import weight_findings
+from sideroad.tensor_checks import bias_findings, weight_findings
 from sideroad.tensor_files import read_sharded, read_tensors, same_bits, shorten, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -110,11 +111,23 @@ class Adapter:
         Raises:
             AdapterError: the adapter has no pair for this module.
         """
-        pair = self._pair(path)
-        A, B = (pair[leaf] if pair[leaf].dtype == torch.float64 else pair[leaf].float() for leaf in ("A", "B"))
+        A, B = self._wide(path)
         parts = slices_of(self.config, path)
         where = None if parts is None else blocks(parts, out_of(parts, B.shape[0]))
         return LowRank(*matrices(A, B * self.scale(path), where, 0 if parts is None else out_of(parts, B.shape[0])))
+
+    def lower_by_expert(self, path: str) -> tuple[LowRank, ...]:
+        """Return what `lower` does in parts: one for each expert of a stacked weight, one alone for any other layer.
+
+        The parts, [out, in] each, lie one above another; one pair for all of them would be mostly zeros.
+
+        Raises:
+            AdapterError: the adapter has no pair for this module.
+        """
+        if self.kinds.get(path) != EXPERTS:
+            return (self.lower(path),)
+        A, B = self._wide(path)
+        return tuple(map(LowRank, *per_expert(A, B * self.scale(path), A.shape[0] // B.shape[1])))
 
     def same_weights(self, other: Adapter) -> bool:
         """Say whether both hold the same tensors, bit for bit."""
@@ -145,7 +158,7 @@ class Adapter:
             source=CONFIG,
         )  # fmt: skip
         if not reading.findings:
-            findings += _bias_findings(reading.config, found.weights)
+            findings += bias_findings(reading.config, found.weights)
         raise_findings(AdapterError, f"{directory} cannot be used", shorten([*reading.findings, *findings]))
         manifest = read_json(directory / MANIFEST) if os.path.lexists(directory / MANIFEST) else {}
         base, exact = manifest.pop("base", None), manifest.pop("config", None)
@@ -179,7 +192,7 @@ class Adapter:
         plain = self._plain()
         experts = [path for path, kind in self.kinds.items() if kind == EXPERTS]
         findings = weight_findings(plain.weights, plain.modules, experts=experts)
-        findings += _bias_findings(self.config, self.weights)
+        findings += bias_findings(self.config, self.weights)
         alphas = {path: alpha_of(self.config, path) for path in self.paths}
         findings += [] if findings else attention_findings(self.ranks, alphas, self.kinds)
         findings += [
@@ -221,10 +234,10 @@ class Adapter:
 
     def _texts(self, card: str | None, exact: AdapterConfig) -> dict[str, str]:
         fields = self._fields()
-        held = Sorted(dict(self.weights), dict(self.modules), dict(self.kinds))  # type: ignore[arg-type]
         again = read_config(
-            fields, self.ranks, held, stored_float32=_stored_float32(self.weights), allow_unknown=tuple(self.foreign)
-        )
+            fields, self.ranks, self._held(), stored_float32=_stored_float32(self.weights),
+            allow_unknown=tuple(self.foreign),
+        )  # fmt: skip
         raise_findings(AdapterError, "the adapter cannot be saved", shorten(list(again.findings)))
         extras: dict[str, Any] = dict(self.manifest)
         if self.base and (self.base.source or self.base.sha256 or self.base.licence):
@@ -247,14 +260,13 @@ class Adapter:
         return files | ({} if card is None else {"README.md": card})
 
     def _fields(self) -> dict[str, Any]:
+        base = self.base.name if self.base else None
         return write_config(
-            self.config,
-            self.ranks,
-            Sorted(dict(self.weights), dict(self.modules), dict(self.kinds)),  # type: ignore[arg-type]
-            task_type=self.task_type,
-            base_name=self.base.name if self.base else None,
-            foreign=self.foreign,
+            self.config, self.ranks, self._held(), task_type=self.task_type, base_name=base, foreign=self.foreign
         )
+
+    def _held(self) -> Sorted:
+        return Sorted(dict(self.weights), dict(self.modules), dict(self.kinds))  # type: ignore[arg-type]
 
     def _with_exact_config(self, stored: Any, fields: Mapping[str, Any], directory: Path) -> Adapter:
         """Take the configuration that sideroad.json holds where it says the same as adapter_config.json."""
@@ -292,25 +304,15 @@ class Adapter:
             )
         return leaves
 
+    def _wide(self, path: str) -> tuple[Tensor, Tensor]:
+        A, B = (self._pair(path)[leaf] for leaf in ("A", "B"))
+        return A if A.dtype == torch.float64 else A.float(), B if B.dtype == torch.float64 else B.float()
+
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for path, leaves in [*self.weights.items(), *self.modules.items()]:
             for leaf, tensor in leaves.items():
                 if leaf != BASE:
                     yield path, leaf, tensor
-
-
-def _bias_findings(config: AdapterConfig, weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    biased = [path for path, leaves in weights.items() if "bias" in leaves]
-    stray = [
-        path for path in biased if config.bias == "none" or (config.bias == "adapted" and "A" not in weights[path])
-    ]
-    if not stray:
-        return []
-    more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
-    return [
-        f"there is a bias for {', '.join(stray[:3])}{more}, but the configuration trains {config.bias!r} biases "
-        "(PEFT's bias: none, lora_only, all); set it to what the file holds"
-    ]
 
 
 def _convolutions(weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:

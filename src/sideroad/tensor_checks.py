@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from sideroad.config import AdapterConfig
 from sideroad.peft_keys import BASE, EXPERTS, module_key, path_order
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,6 +61,21 @@ def weight_findings(
             if tensor.is_floating_point():
                 findings += _tensor_findings(f"{path}.{part}", tensor, range(9))
     return findings
+
+
+def bias_findings(config: AdapterConfig, weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """List biases that an adapter holds though its configuration trains none there."""
+    biased = [path for path, leaves in weights.items() if "bias" in leaves]
+    stray = [
+        path for path in biased if config.bias == "none" or (config.bias == "adapted" and "A" not in weights[path])
+    ]
+    if not stray:
+        return []
+    more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
+    return [
+        f"there is a bias for {', '.join(stray[:3])}{more}, but the configuration trains {config.bias!r} biases "
+        "(PEFT's bias: none, lora_only, all); set it to what the file holds"
+    ]
 
 
 def _tensor_findings(name: str, tensor: Tensor, dimensions: tuple[int, ...] | range) -> Iterator[str]:
