@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sideroad.errors import AdapterError
 from sideroad.kinds import kind_of
+from sideroad.kinds.changed_weight import ChangedWeight, Pair, multiplies
 from sideroad.kinds.experts import ExpertWeight, expert_weights, holder_of, layer_at
 from sideroad.methods.lora import BiasDelta, LoraDelta, bias_change
 from sideroad.methods.replaced import Replaced
@@ -177,7 +178,7 @@ def _needed(owner: nn.Module) -> bool:
     return any(deltas_of(module) is not None for module in (owner, *inner))
 
 
-def _changed_weights(module: nn.Module) -> dict[str, Tensor]:
+def _changed_weights(module: nn.Module) -> Mapping[str, Tensor | ChangedWeight]:
     deltas, kind = deltas_of(module), kind_of(module)
     if deltas is None:
         return {}
@@ -199,14 +200,20 @@ def _changed_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.to(module.get_parameter(name).dtype) for name, tensor in found.items()}
 
 
-def _changed_experts(module: nn.Module, deltas: Deltas) -> dict[str, Tensor]:
-    """The stacked weights of an experts module with what is live on them: all experts, whether tokens visit or not."""
+def _changed_experts(module: nn.Module, deltas: Deltas) -> Mapping[str, Tensor | ChangedWeight]:
+    """The stacked weights of an experts module with what is live on them, as products or, where it must be, summed."""
     found: dict[str, Tensor] = {}
+    pairs: dict[str, list[Pair]] = {}
+    as_products = multiplies(module)
     for key, factor in deltas.route.live.items():
         held = deltas._modules.get(key)
         for name, delta in held._modules.items() if isinstance(held, ByWeight) else ():
-            if isinstance(delta, LoraDelta):
+            if isinstance(delta, LoraDelta) and as_products:
+                pairs.setdefault(name, []).append(delta.expert_pair(module.get_parameter(name), factor))
+            elif isinstance(delta, LoraDelta):
                 found[name] = delta.changed_weight(found.get(name, module.get_parameter(name)), factor)
+    if as_products:
+        return {name: ChangedWeight(module.get_parameter(name), several) for name, several in pairs.items()}
     return {name: tensor.to(module.get_parameter(name).dtype) for name, tensor in found.items()}
 
 
@@ -226,7 +233,7 @@ def _refuse_rows(module: nn.Module, deltas: Deltas, plan: Plan) -> None:
 
 
 def _view(
-    module: nn.Module, parameters: Mapping[str, Tensor], children: Mapping[str, nn.Module] | None = None
+    module: nn.Module, parameters: Mapping[str, Tensor | ChangedWeight], children: Mapping[str, nn.Module] | None = None
 ) -> nn.Module:
     view = copy.copy(module)
     view.__dict__["_parameters"] = {**module._parameters, **parameters}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sideroad.kinds.changed_weight import Pair
 from sideroad.kinds.kind import Seam
 
 
@@ -104,6 +105,11 @@ class Experts:
         A, B = per_expert(A, B, weight.shape[0])
         return torch.baddbmm(weight, B, A, alpha=factor)
 
+    def pair(self, A: Tensor, B: Tensor, experts: int, factor: float) -> Pair:
+        """Return the change of each expert's matrix, in the stored orientation."""
+        A, B = per_expert(A, B, experts)
+        return Pair(B, A, factor)
+
     def _shape(self, layer: nn.Module) -> tuple[int, int, int]:
         experts, out_features, in_features = layer.get_parameter(self.weight).shape
         return experts, out_features, in_features
@@ -128,6 +134,11 @@ class TransposedExperts(Experts):
         """Return weight_e + factor · (B_e A_e)ᵀ for every expert e."""
         A, B = per_expert(A, B, weight.shape[0])
         return torch.baddbmm(weight, A.transpose(1, 2), B.transpose(1, 2), alpha=factor)
+
+    def pair(self, A: Tensor, B: Tensor, experts: int, factor: float) -> Pair:
+        """Return the change of each expert's matrix, in the stored orientation."""
+        A, B = per_expert(A, B, experts)
+        return Pair(A.transpose(1, 2), B.transpose(1, 2), factor)
 
     def _shape(self, layer: nn.Module) -> tuple[int, int, int]:
         experts, in_features, out_features = layer.get_parameter(self.weight).shape

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sideroad.errors import MergeError
 from sideroad.kinds import Kind, kind_of
+from sideroad.kinds.changed_weight import Pair
 from sideroad.kinds.convolution import CLASSES, sees_all_inputs
 from sideroad.kinds.experts import Experts, per_expert
 from sideroad.kinds.linear import Linear
@@ -92,6 +93,16 @@ class LoraDelta(nn.Module):
             return self.kind.changed(weight.to(wide), self.A.to(wide), self.B.to(wide), factor * self.scale)
         A, B = matrices(self.A, self.B, self.where, self.out_features)
         return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=factor * self.scale)
+
+    def expert_pair(self, weight: Tensor, factor: float) -> Pair:
+        """Return factor · s · B A of each expert as the experts' own products take it, in the weight's dtype.
+
+        Args:
+            weight: stacked, as `kind` stores it.
+        """
+        assert isinstance(self.kind, Experts), "only experts have such pairs"
+        A, B = self.A.to(weight.dtype), self.B.to(weight.dtype)
+        return self.kind.pair(A, B, weight.shape[0], factor * self.scale)
 
     def changed(self, layer: nn.Module) -> tuple[str, ...]:
         """Return the names of the layer's tensors that a merge writes."""
