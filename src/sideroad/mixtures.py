@@ -44,8 +44,7 @@ def mixture_notes(survey: Survey, config: AdapterConfig, targets: Collection[str
         counts = dict.fromkeys(view.count for path in stacked if isinstance(view := survey.modules[path], ExpertWeight))
         each = " or ".join(map(str, counts))
         covered.append(
-            f"all-linear covers the fused experts: {_some(stacked)}, one pair for each of {each} experts. An expert "
-            "that no token visits gets a gradient of zero, yet AdamW's momentum and weight decay still move it"
+            f"all-linear covers the fused experts: {_some(stacked)}, one pair for each of {each} experts"
         )
     left = []
     routers = [path for path in survey.linear if path in survey.routers and path not in targets]
@@ -58,6 +57,16 @@ def mixture_notes(survey: Survey, config: AdapterConfig, targets: Collection[str
             "how many experts it has (num_experts)"
         )
     return MixtureNotes(tuple(covered), tuple(left))
+
+
+def stacked_parameters(survey: Survey, names: Iterable[str]) -> dict[str, int]:
+    """Return the adapter's parameters that hold a pair for each expert → how many experts there are.
+
+    Args:
+        names: `<path of a stacked weight>.A`, `.B`, and others.
+    """
+    views = {name: survey.experts.get(name.rpartition(".")[0]) for name in names}
+    return {name: view.count for name, view in views.items() if isinstance(view, ExpertWeight)}
 
 
 def _unknown(survey: Survey) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 
 from sideroad.errors import CheckpointError
 from sideroad.kernels.isolation import packing
+from sideroad.mixtures import stacked_parameters
 from sideroad.train import checkpoint, optimizer
 from sideroad.train.environment import differences
 from sideroad.train.events import Event, Finished, Note, Planned, Result
@@ -125,8 +126,9 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
     seed = derive(recipe.seed, "dropout")
     execution = setup.material.execution
     stepper = Stepper(
-        model, parameters, recipe.optim, watchdog, loss_of=execution.loss_of, steps=len(plan), seed=seed
-    )
+        model, parameters, recipe.optim, watchdog, loss_of=execution.loss_of, steps=len(plan), seed=seed,
+        experts=stacked_parameters(setup.attached.survey(), parameters),
+    )  # fmt: skip
     restored = _restore(place, setup, stepper, watchdog, emit) if begun else None
     fresh = Progress(loss_scale=LARGEST_SCALE if setup.base.dtype == torch.float16 else 1.0)
     progress = restored or fresh

@@ -45,6 +45,8 @@ class Stepper:
         loss_of: gives the summed loss of a micro-batch, see `Execution.loss_of`.
         steps: length of the run, for the schedule.
         seed: of dropout, from which every micro-batch derives its own.
+        experts: name of a parameter that holds a pair for each of several experts → how many; in a step in which no
+            token visits an expert, its pair stays as it is.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class Stepper:
         loss_of: Callable[[Batch], Tensor],
         steps: int,
         seed: int,
+        experts: Mapping[str, int] | None = None,
     ) -> None:
         self.optimizer: AdamW = adamw.build(parameters, config)
         self._model = model
         self._parameters = list(parameters.values())
+        self._experts = {parameters[name]: count for name, count in (experts or {}).items()}
         self._config = config
         self._watchdog = watchdog
         self._loss_of = loss_of
@@ -98,7 +102,8 @@ class Stepper:
         if limit is not None and prepared.grad_norm > limit:
             torch._foreach_mul_(self._present_gradients(), limit / prepared.grad_norm)
         adamw.set_rate(self.optimizer, factor(self._config, prepared.progress.step, self._steps))
-        self.optimizer.step()
+        with adamw.idle_experts_kept(self._experts):
+            self.optimizer.step()
 
     def _gradients(self, step: int, batches: Sequence[Batch], total: int, scale: float) -> tuple[list[float], float]:
         """Loss sum of each micro-batch, and the norm of the gradient of the step's mean."""
