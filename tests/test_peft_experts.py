@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
-from sideroad.peft_experts import fold, order_problems, unfold
+from sideroad.peft_experts import fold_experts, order_problems, unfold_experts
 from sideroad.peft_keys import Sorted, from_tensors, to_tensors
 from sideroad.peft_targets import our_targets, their_parameters
 
@@ -22,7 +22,7 @@ def pair(out: int = OUT, width: int = IN) -> dict[str, Tensor]:
 
 def in_file(weights: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     kinds = dict.fromkeys(weights, "experts")
-    return to_tensors(fold(weights, kinds), {}, kinds)
+    return to_tensors(fold_experts(weights, kinds), {}, kinds)
 
 
 def test_b_has_the_expert_fastest_in_files_and_slowest_in_memory() -> None:
@@ -38,7 +38,7 @@ def test_b_has_the_expert_fastest_in_files_and_slowest_in_memory() -> None:
         ours = held["B"].reshape(EXPERTS, OUT, RANK)[expert] @ held["A"].reshape(EXPERTS, RANK, IN)[expert]
         assert torch.equal(theirs, ours)
     found = from_tensors(named)
-    assert unfold(found, ["experts.down_proj"], lambda path: RANK) == []
+    assert unfold_experts(found, ["experts.down_proj"], lambda path: RANK) == []
     assert found.kinds == {"m.experts.down_proj": "experts"}
     assert all(torch.equal(found.weights["m.experts.down_proj"][leaf], held[leaf]) for leaf in "AB")
 
@@ -51,7 +51,7 @@ def test_the_last_parameter_s_pair_is_the_outermost(names: tuple[str, str]) -> N
     assert torch.equal(named[f"{ROOT}m.experts.lora_A.weight"], weights["m.experts.down_proj"]["A"])
     assert torch.equal(named[f"{ROOT}m.experts.base_layer.lora_A.weight"], weights[f"m.experts.{first}"]["A"])
     found = from_tensors(named)
-    assert unfold(found, [f"m.experts.{name}" for name in reversed(names)], lambda path: RANK) == []
+    assert unfold_experts(found, [f"m.experts.{name}" for name in reversed(names)], lambda path: RANK) == []
     assert {path: set(leaves) for path, leaves in found.weights.items()} == {path: {"A", "B"} for path in weights}
     assert all(torch.equal(found.weights[path]["B"], leaves["B"]) for path, leaves in weights.items())
 
@@ -62,7 +62,7 @@ def test_several_pairs_under_unknown_names_are_refused_both_ways() -> None:
         in_file(weights)
     assert list(in_file({"m.experts.w1": pair()})) == [f"{ROOT}m.experts.lora_{leaf}.weight" for leaf in "AB"]
     found = from_tensors(in_file({f"m.experts.{name}": pair() for name in ("up_proj", "down_proj")}))
-    (finding,) = unfold(found, ["experts.w1", "experts.w2"], lambda path: RANK)
+    (finding,) = unfold_experts(found, ["experts.w1", "experts.w2"], lambda path: RANK)
     assert "only gate_up_proj, up_proj, down_proj are known" in finding
 
 
@@ -77,7 +77,7 @@ def test_several_pairs_under_unknown_names_are_refused_both_ways() -> None:
 )
 def test_what_cannot_be_told_is_said(targets: list[str], rank: int, words: str) -> None:
     found = from_tensors(in_file({f"m.experts.{name}": pair() for name in ("up_proj", "down_proj")}))
-    findings = unfold(found, targets, lambda path: rank)
+    findings = unfold_experts(found, targets, lambda path: rank)
     assert findings
     assert all(words in finding and "m.experts" in finding for finding in findings)
 
@@ -85,10 +85,10 @@ def test_what_cannot_be_told_is_said(targets: list[str], rank: int, words: str) 
 def test_the_weight_of_an_ordinary_layer_stays_a_plain_pair() -> None:
     plain = {"A": torch.randn(RANK, IN), "B": torch.randn(OUT, RANK)}
     found = Sorted(weights={"m.gate": dict(plain), "m.q": dict(plain)})
-    assert unfold(found, ["gate.weight"], lambda path: RANK) == []
+    assert unfold_experts(found, ["gate.weight"], lambda path: RANK) == []
     assert (list(found.weights), found.kinds) == (["m.gate", "m.q"], {})
     stacked = Sorted(weights={"m.experts": {"A": pair()["A"], "B": torch.randn(OUT, RANK * EXPERTS)}})
-    assert unfold(stacked, ["experts.weight"], lambda path: RANK) == []
+    assert unfold_experts(stacked, ["experts.weight"], lambda path: RANK) == []
     assert list(stacked.weights) == ["m.experts.weight"]
 
 

@@ -25,7 +25,7 @@ _DEEPER = ".base_layer"
 _NESTED = re.compile(r"(?:\.base_layer)+$")
 
 
-def unfold(held: Sorted, targets: Iterable[str], rank_of: Callable[[str], int]) -> list[str]:
+def unfold_experts(held: Sorted, targets: Iterable[str], rank_of: Callable[[str], int]) -> list[str]:
     """Give the pairs of stacked weights the paths of these weights, and B the form it has in memory; in place.
 
     Args:
@@ -77,7 +77,7 @@ def _unfold_one(
     return findings
 
 
-def fold(weights: Mapping[str, Mapping[str, Tensor]], kinds: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+def fold_experts(weights: Mapping[str, Mapping[str, Tensor]], kinds: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     """Return the weights with experts' pairs under the paths and in the form that files have.
 
     Raises:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from sideroad.adapter import Adapter
 from sideroad.attaching import Attached, attach, attached
-from sideroad.config import AdapterConfig, LoraMethod
+from sideroad.config import AdaloraMethod, AdapterConfig, DoraMethod, LoraMethod
 from sideroad.errors import AdapterError, TargetError
 from sideroad.kinds import kind_of
 from sideroad.kinds.experts import (
@@ -249,14 +249,33 @@ def test_dropout_is_refused_by_name() -> None:
     model = Own()
     keys = list(model.state_dict())
     config = AdapterConfig(targets="up_proj", method=LoraMethod(rank=2, dropout=0.1))
-    with pytest.raises(AdapterError, match=r"dropout is 0.1, but experts.up_proj is a stacked weight of fused experts"):
+    with pytest.raises(AdapterError, match=r"experts.up_proj is a stacked weight of fused experts.* found dropout 0.1"):
         attach(model, config)
     assert list(model.state_dict()) == keys
     assert attached(model) is None
     value = adapted(model).adapter("default")
     loose = Adapter(config.model_copy(update={"targets": NAMES}), value.weights, kinds=value.kinds)
-    with pytest.raises(AdapterError, match=r"cannot have the adapter's dropout of 0.1: it is a stacked weight"):
+    with pytest.raises(AdapterError, match=r"up_proj.*: is a stacked weight of fused experts.* found dropout 0.1"):
         attach(Own(), loose)
+
+
+METHODS = [
+    (DoraMethod(rank=2), "DoRA scales outputs"),
+    (AdaloraMethod(rank=2, target_rank=1), "has a pair for each of its experts, which adalora does not know"),
+    (LoraMethod(rank=2, trains="B"), "which trains: B does not know"),
+    (LoraMethod(rank=2, init="pissa"), "which init: pissa does not know"),
+]
+
+
+@pytest.mark.parametrize(("method", "words"), METHODS, ids=str)
+def test_methods_and_starts_that_know_one_pair_alone_are_refused_by_name(method: Any, words: str) -> None:
+    model = mixture("mixtral")
+    keys = list(model.state_dict())
+    with pytest.raises(TargetError, match=words) as caught:
+        attach(model, AdapterConfig(method=method))
+    assert "experts.gate_up_proj" in str(caught.value)
+    assert list(model.state_dict()) == keys
+    assert attach(model, AdapterConfig(method=method, exclude=("*.experts.*",))).names == ("default",)
 
 
 def test_what_experts_cannot_have_is_refused_by_name() -> None:

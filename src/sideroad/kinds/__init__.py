@@ -1,12 +1,13 @@
 """Kinds of layers that a low-rank pair can act on. One file each, one line each in the table below.
 
-| layers                           | weight as [out, in]                    | where                |
-|----------------------------------|----------------------------------------|----------------------|
-| `nn.Linear`, GPT-2's `Conv1D`    | itself, or its transpose               | kinds/linear.py      |
-| `nn.Embedding`                   | its transpose: [dim, tokens]           | kinds/embedding.py   |
-| `nn.Conv1d`, `Conv2d`, `Conv3d`  | flattened: [out, in / groups * kernel] | kinds/convolution.py |
-| projections of MultiheadAttention | itself; substituted for the call      | kinds/attention.py   |
-| fused experts, 3-D parameters    | [experts * out, in]; substituted       | kinds/experts.py     |
+| layers                                | weight as [out, in]                    | where                |
+|---------------------------------------|----------------------------------------|----------------------|
+| `nn.Linear`, GPT-2's `Conv1D`         | itself, or its transpose               | kinds/linear.py      |
+| `nn.Embedding`                        | its transpose: [dim, tokens]           | kinds/embedding.py   |
+| `nn.Conv1d`, `Conv2d`, `Conv3d`       | flattened: [out, in / groups * kernel] | kinds/convolution.py |
+| subclasses that prepare their input   | likewise                               | kinds/prepared.py    |
+| projections of `nn.MultiheadAttention` | itself; substituted for the call      | kinds/attention.py   |
+| fused experts, 3-D parameters         | [experts * out, in]; substituted       | kinds/experts.py     |
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from sideroad.kinds.embedding import Embedding
 from sideroad.kinds.experts import Experts, TransposedExperts
 from sideroad.kinds.kind import Kind
 from sideroad.kinds.linear import Linear, Transposed
+from sideroad.kinds.prepared import PreparedConvolution
 from sideroad.kinds.probe import keeps_its_promise
 
 __all__ = ["ALLOWED", "KINDS", "Kind", "keeps_its_promise", "kind_of"]
 
 KINDS: tuple[Kind, ...] = (
-    Linear(), Transposed(), Embedding(), Convolution(), InProjection(), OutProjection(), Experts(), TransposedExperts(),
+    Linear(), Transposed(), Embedding(), Convolution(), PreparedConvolution(), InProjection(), OutProjection(),
+    Experts(), TransposedExperts(),
 )  # fmt: skip
 """Every kind; no layer is claimed by two."""
 

@@ -90,6 +90,10 @@ class Experts:
         """Never asked: the experts' forward reads the changed weight."""
         raise AssertionError("experts read their weight and have no branch")
 
+    def product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Never asked: which expert a row of x is for, only the experts' forward knows."""
+        raise AssertionError("experts read their weight and have no branch")
+
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Never asked: a stacked weight has no bias of its own to train."""
         raise AssertionError("a stacked weight has no bias")

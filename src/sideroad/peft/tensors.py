@@ -14,7 +14,7 @@ from sideroad.errors import AdapterError, ConfigError, raise_findings
 from sideroad.handle import Attached
 from sideroad.kinds.experts import ExpertWeight, layer_at
 from sideroad.peft.unwrapping import tuner_of
-from sideroad.peft_experts import fold, unfold
+from sideroad.peft_experts import fold_experts, unfold_experts
 from sideroad.peft_keys import EXPERTS, ROOT, from_tensors, to_tensors
 from sideroad.route import CHILD, deltas_of, escape
 
@@ -59,7 +59,7 @@ def get_peft_model_state_dict(
     if state_dict is not None:
         parts = gathered(handle, adapter_name, state_dict, prefix)
     kinds = handle.survey().kind_names(parts.weights)
-    named = to_tensors(fold(parts.weights, kinds), parts.modules, kinds)
+    named = to_tensors(fold_experts(parts.weights, kinds), parts.modules, kinds)
     return named if prefix else {key.removeprefix(ROOT): tensor for key, tensor in named.items()}
 
 
@@ -86,7 +86,7 @@ def set_peft_model_state_dict(
     found = from_tensors(named, list(value.modules))
     broken = [key for key, one in named.items() if one.is_floating_point() and not bool(torch.isfinite(one).all())]
     stacked = [path for path, kind in value.kinds.items() if kind == EXPERTS]
-    findings = found.findings + unfold(found, stacked, lambda path: value.ranks.get(path, 1))
+    findings = found.findings + unfold_experts(found, stacked, lambda path: value.ranks.get(path, 1))
     findings += [f"{key} has values that are NaN or infinite" for key in broken]
     raise_findings(AdapterError, "the state dict cannot be loaded", findings)
     handle.load(adapter_name, replace(value, weights=found.weights, modules=found.modules))
