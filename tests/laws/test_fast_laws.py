@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from zoo import VOCABULARY, ZOO
 
 from sideroad.attaching import Attached, attach
-from sideroad.config import AdapterConfig, LoraMethod
+from sideroad.config import AdaloraMethod, AdapterConfig, DoraMethod, LoraMethod
 from sideroad.data.encode import Encoded
 from sideroad.kernels.compiled import compiled, refusal
 from sideroad.kernels.isolation import PackingRoute, choose_route
@@ -174,3 +174,35 @@ def test_fast_equals_plain(case: Case) -> None:
     if case["layout"] == "shared" and fast.shares and case["batches"] == 1:
         batch = fast.lay_out(examples())
         assert batch.computed_tokens < batch.real_tokens
+
+
+METHODS = {
+    "lora-fa": LoraMethod(rank=4, alpha=8, trains="B"),
+    "dora": DoraMethod(rank=4, alpha=8),
+    "adalora": AdaloraMethod(rank=4, alpha=8, target_rank=2),
+    "pissa": LoraMethod(rank=4, alpha=8, init="pissa"),
+    "dora-pissa": DoraMethod(rank=4, alpha=8, init="pissa"),
+}
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_the_same_on_the_fast_path(method: str, kind: str, layout: str) -> None:
+    case = {"model": kind, "layout": layout, "pieces": "eager"}
+    model = ZOO[kind]()
+    handle = attach(model, AdapterConfig(method=METHODS[method]), seed=0)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in handle.parameters("default").values():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    model.train()
+    # GPT-2 drops by itself, which no two layouts do alike
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    fast = execution(case, model)
+    assert fast.fast is not None
+    value, found = gradients(fast, handle, 1)
+    expected_value, expected = reference(model, handle)
+    assert value == pytest.approx(expected_value, rel=2e-5)
+    assert worst(found, expected) <= 2e-5

@@ -121,7 +121,7 @@ def backward_products(
     """Compute the gradients of the input and of each pair.
 
     Args:
-        x: [tokens, in]; None where no pair's gradient is wanted.
+        x: [tokens, in]; None where no gradient of an A is wanted. That of a B needs the P that was kept.
         upstream: dy [tokens, out] of each layer; None where an output has no part in the loss.
         input: whether dx is wanted.
     Returns:
@@ -139,7 +139,7 @@ def backward_products(
             continue
         Q = torch.mm(dy, layer.B).mul_(layer.shape.scale)
         # Pᵀ dy, not dyᵀ P: rank rows of the longer dimension take a third of the time
-        dB = None if x is None or P is None else torch.mm(P.t(), dy).mul_(layer.shape.scale).t()
+        dB = None if P is None else torch.mm(P.t(), dy).mul_(layer.shape.scale).t()
         gradients[index] = PairGradient(None, dB)
         if draw is None:
             stacked.append((index, Q, layer.A))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,14 +65,22 @@ class _Project(torch.autograd.Function):
         return (None if dx is None else dx.view(ctx.shape), None, None, *spread(gradients, tensors))
 
 
-def pairs_wanted(ctx: Any, *, first: int, count: int) -> bool:
-    """Whether any A or B among the flattened tensors, `count` of them from argument `first` on, needs a gradient."""
-    return any(ctx.needs_input_grad[first + at] for at in range(count) if at % TENSORS_PER_LAYER > 1)
+class Wanted(NamedTuple):
+    """Whether any A needs a gradient, for which x is kept, and any B, for which its P is."""
+
+    A: bool
+    B: bool
+
+
+def pairs_wanted(ctx: Any, *, first: int, count: int) -> Wanted:
+    """Say what among the flattened tensors, `count` of them from argument `first` on, needs a gradient."""
+    needed = ctx.needs_input_grad[first : first + count]
+    return Wanted(any(needed[2::TENSORS_PER_LAYER]), any(needed[3::TENSORS_PER_LAYER]))
 
 
 def save(
     ctx: Any,
-    wanted: bool,
+    wanted: Wanted,
     x: Tensor,
     source: Source | None,
     kept: Sequence[Kept],
@@ -82,19 +90,19 @@ def save(
     """Keep the tensors of a backward pass through autograd, so that checkpointing and offloading see them.
 
     Args:
-        wanted: whether a pair's gradient is; without it neither x nor any P is needed.
+        wanted: of which factors there will be gradients; x is kept for A, and P for B.
         source: what x can be made from again, kept in its place.
         others: whatever else the function needs.
     """
-    inputs = () if not wanted else (x,) if source is None else source.tensors
-    ctx.source = replace(source, tensors=()) if wanted and source is not None else None
+    inputs = () if not wanted.A else (x,) if source is None else source.tensors
+    ctx.source = replace(source, tensors=()) if wanted.A and source is not None else None
     ctx.sizes = len(inputs), len(tensors), len(kept)
     ctx.draws = [one.draw for one in kept]
-    ctx.save_for_backward(*inputs, *tensors, *(one.P if wanted else None for one in kept), *others)
+    ctx.save_for_backward(*inputs, *tensors, *(one.P if wanted.B else None for one in kept), *others)
 
 
 def load(ctx: Any) -> tuple[Tensor | None, list[Kept], Sequence[Tensor | None], Sequence[Tensor]]:
-    """Return x (None where no pair's gradient is wanted), what was kept, the flattened tensors, and the others."""
+    """Return x (None where no gradient of an A is wanted), what was kept, the flattened tensors, and the others."""
     saved, (inputs, count, pairs) = ctx.saved_tensors, ctx.sizes
     x = saved[0] if inputs else None
     if ctx.source is not None:
