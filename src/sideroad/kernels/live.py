@@ -7,6 +7,7 @@ from torch import nn
 
 from sideroad.kernels.products import Pair, Projection
 from sideroad.kinds import kind_of
+from sideroad.kinds.experts import expert_weights
 from sideroad.methods.dora import DoraDelta
 from sideroad.methods.lora import BiasDelta, LoraDelta
 from sideroad.methods.replaced import Replaced
@@ -48,6 +49,8 @@ def refusal(layer: nn.Module) -> str | None:
     kind = kind_of(layer)
     if trained_whole(layer):
         return "is trained whole"
+    if expert_weights(layer):
+        return f"computes its experts itself, with changed weights ({type(layer).__name__})"
     if kind is None or not kind.linear:
         return f"is no linear layer ({type(layer).__name__})"
     if type(layer).forward is not nn.Linear.forward and isinstance(layer, nn.Linear):
