@@ -1,0 +1,107 @@
+"""What `bench/methods.py` trains on: tasks, their budgets, and where each task's rows come from.
+
+Every run of a task sees the same rows in the order of its seed, for the same number of steps. Rates are chosen on rows
+held out of train; test is what the data set scores on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from method_table import CAUSAL, ENCODER, METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+MINILM, SMOLLM = "all-minilm-l6-v2", "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Rows with a label; files below the data directory, columns of the one or two texts."""
+
+    train: str
+    test: str
+    columns: tuple[str, ...]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts and answers.
+
+    Attributes:
+        train: JSON lines with `columns`; test rows have one answer, or a list of references in `references`.
+        validation: a file of its own; empty: rows held out of train.
+        committed: the files are the repository's, not below the data directory.
+    """
+
+    train: str
+    test: str
+    columns: tuple[str, str] = ("prompt", "completion")
+    validation: str = ""
+    references: str = ""
+    committed: bool = False
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much one run sees: steps of `batch_size` rows, held-out rows to choose by, test rows (None: all)."""
+
+    steps: int
+    batch_size: int
+    validation: int
+    test: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One comparison.
+
+    Attributes:
+        metric: of the test score that is reported, in percent; `choose` names the validation number that chooses a
+            rate, the larger the better, or the smaller for `loss`.
+        methods: those that take part.
+        seconds: about what one run takes on two cores, for the estimate until runs have been timed.
+    """
+
+    what: str
+    base: str
+    kind: str
+    source: Classes | Answers
+    metric: str
+    choose: str
+    budget: Budget
+    quick: Budget
+    methods: tuple[str, ...]
+    seconds: float
+
+
+_ALL = tuple(METHODS)
+TASKS: Mapping[str, Task] = {
+    "banking77": Task(
+        "77 intents of bank customers, MiniLM",
+        MINILM,
+        ENCODER,
+        Classes("banking77/train.jsonl", "banking77/test.jsonl", ("text",), 64),
+        metric="accuracy",
+        choose="accuracy",
+        budget=Budget(steps=400, batch_size=32, validation=1000, test=None),
+        quick=Budget(steps=60, batch_size=32, validation=300, test=600),
+        methods=_ALL,
+        seconds=60,
+    ),
+    "rte": Task(
+        "RTE (entailment of a sentence pair), MiniLM; the test rows are GLUE's validation",
+        MINILM,
+        ENCODER,
+        Classes("glue/rte/train.jsonl", "glue/rte/validation.jsonl", ("premise", "hypothesis"), 128),
+        metric="accuracy",
+        choose="accuracy",
+        budget=Budget(steps=200, batch_size=16, validation=400, test=None),
+        quick=Budget(steps=20, batch_size=16, validation=100, test=100),
+        methods=_ALL,
+        seconds=90,
+    ),
+}
