@@ -1,7 +1,7 @@
 """Classification on a sentence encoder, for `bench/methods.py`: mean over the last layer, and a linear head.
 
-The head begins equal in every method (its draw depends on the seed alone), is trained whole in every method, at one rate
-for all of them, and is counted apart. The encoder's pooler, which nothing reads then, is taken away.
+In every method the head begins equal (its draw depends on the seed alone) and is trained whole, at one rate for all of
+them; it is counted apart. The encoder's pooler, which nothing reads then, is taken away.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from typing import Any
 
 import torch
 from method_table import Method, adapt
-from method_tasks import Budget, Classes, Task
+from method_tasks import HEAD_RATE, Budget, Classes, Task
 from method_training import Subject, Turn, fit
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sideroad.base.config import BaseConfig
-from sideroad.base.loading import load_base, load_tokenizer
+from sideroad.base.loading import Base, load_base, load_tokenizer
 from sideroad.data.batches import plan_epoch
 from sideroad.modes import in_eval_mode
-from sideroad.train.evaluation import loss_batches
+from sideroad.train.evaluation import evenly, loss_batches
 from sideroad.train.seeds import derive
 
-HEAD_RATE = 1e-2
-"""Peak rate of the head beside any method: the best for the head alone (method `head`) on both tasks."""
 EVALUATED_TOKENS = 8192
 """Tokens evaluated at a time, padding included."""
 
@@ -80,24 +78,24 @@ class EncoderRuns:
         texts = [[[row[column] for row in rows] for column in source.columns] for rows in (train, held_out, test)]
         encoded = [tokenizer(*each, truncation=True, max_length=source.max_length)["input_ids"] for each in texts]
         wanted = [[self._labels.index(row["label"]) for row in rows] for rows in (train, held_out, test)]
-        self._train, self._held_out, scored = (list(zip(*each, strict=True)) for each in zip(encoded, wanted, strict=True))
-        self._test = scored[: budget.test]
+        pairs = [list(zip(*each, strict=True)) for each in zip(encoded, wanted, strict=True)]
+        self._train, self._held_out, self._test = pairs[0], pairs[1], evenly(pairs[2], budget.test)
 
     def cell(self, method: Method, rate: float, seed: int, *, score: bool) -> dict[str, Any]:
         """Train once and evaluate: on the validation rows, or on the test rows where `score` says so."""
-        subject = self._subject(method, seed)
+        base = load_base(BaseConfig(model=self._task.base, device="cpu"), dtype=torch.float32)
+        subject = self._subject(method, seed, base)
         turns = islice(self._turns(seed), self._budget.steps)
         found = fit(subject, turns, method, rate, head_rate=HEAD_RATE, steps=self._budget.steps, seed=seed)
         rows, which = (self._test, "test") if score else (self._held_out, "validation")
         return {**found, which: self._evaluate(subject.model, rows)}
 
-    def heaviest(self, method: Method) -> None:
-        """Take a few steps on the largest batches of the run, for the peak of memory."""
+    def heaviest(self, method: Method, base: Base) -> None:
+        """Train a loaded base for a few steps on the largest batches of the run, for the peak of memory."""
         turns = sorted(islice(self._turns(0), self._budget.steps), key=lambda turn: -turn[0].input_ids.numel())
-        fit(self._subject(method, 0), turns[:3], method, 1e-6, head_rate=1e-6, steps=3, seed=0)
+        fit(self._subject(method, 0, base), turns[:3], method, 1e-6, head_rate=1e-6, steps=3, seed=0)
 
-    def _subject(self, method: Method, seed: int) -> Subject:
-        base = load_base(BaseConfig(model=self._task.base, device="cpu"), dtype=torch.float32)
+    def _subject(self, method: Method, seed: int, base: Base) -> Subject:
         base.model.pooler = None
         model = Classifier(base.model, base.model.config.hidden_size, len(self._labels), seed)
         parameters = adapt(base.model, method, derive(seed, "init"), lambda: self._for_inits(seed))

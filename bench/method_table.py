@@ -1,7 +1,7 @@
 """The methods that `bench/methods.py` compares, one entry each, and how an entry is put on a model.
 
-Ranks, targets and alpha are the same wherever an entry does not exist to vary them: rank 8 on all linear layers, a scale
-of 2. An entry that the installed sideroad does not know is skipped with its reason, so the table may run ahead of it.
+Unless an entry exists to vary them, rank, targets and scale are the same: rank 8 on all linear layers, a scale of 2. An
+entry that the installed sideroad does not know is skipped with its reason, so the table may run ahead of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training as `bench/methods.py` does it for every method: sideroad's own step on the same batches in the same order."""
+"""Training as `bench/methods.py` does it for every method: sideroad's own step, the same batches in the same order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Subject:
 
 
 def optimisation(method: Method, rate: float) -> OptimConfig:
-    """Return sideroad's defaults (cosine, 3 % warm-up, gradients clipped at 1, no decay) with what the method changes."""
+    """Return sideroad's defaults (cosine, 3 % warm-up, clipping at 1, no decay) with what the method changes."""
     return OptimConfig(lr=rate, **method.optim)
 
 
