@@ -131,17 +131,20 @@ def _plot(path: Path, summary: Mapping[str, Mapping[str, Row]]) -> None:
     marks = {name: "osD^v<>PX*"[number % 10] for number, name in enumerate(METHODS)}
     labelled: dict[str, Any] = {}
     for panel, (task, rows) in zip(panels.flat, shown.items(), strict=False):
+        counts: list[int] = []
         for name, row in rows.items():
             if row["trainable"]:
+                place = row["trainable"] * 1.07 ** counts.count(row["trainable"])  # equal counts stand side by side
+                counts.append(row["trainable"])
                 drawn: Any = panel.errorbar(
-                    row["trainable"], row["quality"], yerr=row["error"] or 0.0, color=colours[name],
+                    place, row["quality"], yerr=row["error"] or 0.0, color=colours[name],
                     marker=marks[name], linestyle="none", capsize=3,
                 )  # fmt: skip
             else:
                 drawn = panel.axhline(row["quality"], color=colours[name], linestyle="--", linewidth=1)
             labelled[METHODS[name].what] = drawn
         panel.set_xscale("log")
-        panel.set_xlabel("trainable parameters, a classifier's head apart")
+        panel.set_xlabel("trainable parameters, a classifier's head apart (equal counts side by side)", fontsize=8)
         panel.set_ylabel(f"{TASKS[task].metric}, %" if TASKS[task].metric != "bleu" else "BLEU")
         panel.set_title(TASKS[task].what, fontsize=9)
     for panel in list(panels.flat)[len(shown) :]:
