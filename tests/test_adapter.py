@@ -144,10 +144,10 @@ def test_broken_extras_are_named(saved: Path) -> None:
         ({"manifest": {"base": 1}}, 'manifest has the key "base", which save writes itself'),
         ({"manifest": {"x": float("nan")}}, "manifest, foreign fields, names or card are not JSON"),
         ({"manifest": {"x": object()}}, "manifest, foreign fields, names or card are not JSON"),
-        ({"foreign": {"use_dora": True}}, "use_dora is set"),
+        ({"foreign": {"use_qalora": True}}, "use_qalora is set"),
         ({"weights": {}}, "there is no pair of lora_A and lora_B at all"),
         ({"weights": {"q_proj": {"A": torch.ones(2, 3)}}}, r"q_proj.A has no partner q_proj.B"),
-        ({"weights": {"q_proj": {**pair(), "C": torch.ones(1)}}}, "has a tensor 'C'; known: A, B, bias"),
+        ({"weights": {"q_proj": {**pair(), "C": torch.ones(1)}}}, "has a tensor 'C'; known: A, B, magnitude, bias"),
         (
             {"weights": {"q_proj": {**pair(), "bias": torch.ones(6)}}},
             "there is a bias for q_proj, but the configuration",
@@ -188,15 +188,15 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, case: str) -> None:
 
 
 def test_everything_wrong_comes_at_once(saved: Path) -> None:
-    edit(saved, use_dora=True, modules_to_save=["score"])
+    edit(saved, use_qalora=True, modules_to_save=["score"])
     root = "base_model.model."
     rewrite(saved, {
-        f"{root}q_proj.lora_A.weight": torch.ones(2, 4), f"{root}q_proj.lora_magnitude_vector": torch.ones(3),
+        f"{root}q_proj.lora_A.weight": torch.ones(2, 4), f"{root}q_proj.lora_E": torch.ones(3),
         f"{root}score.weight": torch.ones(3, 3), f"{root}v_proj.lora_B.weight": torch.full((1, 1), torch.nan),
     })  # fmt: skip
     with pytest.raises(AdapterError, match=r"cannot be used: 5 problems") as caught:
         Adapter.load(saved)
-    for words in ("use_dora", "magnitude", "no partner", "NaN"):
+    for words in ("use_qalora", "AdaLoRA", "no partner", "NaN"):
         assert words in str(caught.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import IDS, fill, recompute_activations, tiny_llama
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
 from sideroad.attaching import attach, attached
 from sideroad.config import AdapterConfig, LoraMethod
@@ -39,6 +39,15 @@ def test_the_task_is_what_the_model_can_do() -> None:
     assert plain.adapter("default").task_type is None
     t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9))
     assert attach(t5, AdapterConfig(targets="q")).adapter("default").task_type == "SEQ_2_SEQ_LM"
+
+
+def test_what_generates_from_sound_has_no_task() -> None:
+    """PEFT's classes for tasks that generate hand `input_ids` on, which Whisper's forward does not take."""
+    shape = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 9, "num_mel_bins": 4}
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+    model = WhisperForConditionalGeneration(WhisperConfig(**shape, **sizes, **ids))
+    assert attach(model, AdapterConfig(targets="q_proj")).adapter("default").task_type is None
 
 
 def test_one_handle_per_model() -> None:

@@ -246,10 +246,10 @@ def test_a_card_that_is_no_text(tmp_path: Path) -> None:
 
 def test_a_file_that_contradicts_itself_and_its_tensors(saved: Path) -> None:
     fields = json.loads((saved / CONFIG).read_text())
-    fields |= {"r": 3, "rank_pattern": {"q": 4}, "bias": "lora_only", "exclude_modules": ["q"], "use_dora": True}
+    fields |= {"r": 3, "rank_pattern": {"q": 4}, "bias": "lora_only", "exclude_modules": ["q"], "use_qalora": True}
     (saved / CONFIG).write_text(json.dumps(fields))
-    assert words(lambda: Adapter.load(saved)).startswith("adapter_config.json: use_dora is set (True): DoRA")
-    (saved / CONFIG).write_text(json.dumps({**fields, "use_dora": False}))
+    assert words(lambda: Adapter.load(saved)).startswith("adapter_config.json: use_qalora is set (True): QA-LoRA")
+    (saved / CONFIG).write_text(json.dumps({**fields, "use_qalora": False}))
     told = words(lambda: Adapter.load(saved))
     assert f"{saved} cannot be used: 2 problems" in told
     assert "m.0.q: its tensors have rank 2 but adapter_config.json says 4 (r, rank_pattern)" in told

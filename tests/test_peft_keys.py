@@ -86,7 +86,6 @@ def test_strays_of_the_parts_of_a_whole_module_are_passed_over() -> None:
         ("model.q.lora_A.weight", 'does not start with "base_model.model."'),
         ("base_model.model.q.x.lora_A.default.weight", 'the adapter\'s name "default" was left'),
         ("base_model.model.q.x.lora_B.my.name.weight", r'k.replace(".my.name", "")'),
-        ("base_model.model.q.x.lora_magnitude_vector", "DoRA is not supported yet"),
         ("base_model.model.q.x.lora_B.bias", "lora_bias"),
         ("base_model.model.e.base_layer.lora_A.weight", "target_parameters"),
         ("base_model.model.q.x.lora_E", "AdaLoRA"),

@@ -51,7 +51,7 @@ def test_what_adapters_hold_is_fine(leaves: dict[str, Tensor]) -> None:
         ({"A": torch.ones(0, 6), "B": torch.ones(4, 0)}, "up.A is empty (shape [0, 6]); it was probably saved from a"),
         ({"A": A.long(), "B": B}, "up.A has type torch.int64; allowed: float32, bfloat16, float16, float64"),
         ({"A": A, "B": B / 0}, "up.B has 8 of 8 values that are NaN or infinite; go back to an earlier checkpoint"),
-        ({"A": A, "B": B, "gain": A}, "up has a tensor 'gain'; known: A, B, bias, rows"),
+        ({"A": A, "B": B, "gain": A}, "up has a tensor 'gain'; known: A, B, magnitude, bias, rows"),
         ({"bias": torch.ones(4)}, "there is no pair of lora_A and lora_B at all; an adapter needs at least one"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,13 +16,14 @@ from sideroad.adapter_files import CONFIG, MANIFEST, WEIGHTS, find_weights, must
 from sideroad.config import AdapterConfig, validate
 from sideroad.errors import AdapterError, ConfigError, did_you_mean, raise_findings
 from sideroad.files import JSON, json_text, parse_object, read_json, replace_directory, write_bytes
+from sideroad.folding import acting_pair, fold, unfold
 from sideroad.lowrank import LowRank
-from sideroad.pairs import blocks, compact, enabled, matrices, out_of, slices_of, spread
+from sideroad.pairs import blocks, matrices, out_of, slices_of
 from sideroad.peft_fields import shown
 from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, unfold_slices, write_config
 from sideroad.peft_keys import BASE, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
 from sideroad.peft_parts import attention_findings
-from sideroad.scaling import RULES, scale
+from sideroad.scaling import scale
 from sideroad.targets import alpha_of, rank_of
 from sideroad.tensor_checks import weight_findings
 from sideroad.tensor_files import read_sharded, read_tensors, same_bits, shorten, write_tensors
@@ -50,8 +50,9 @@ class Adapter:
 
     Args:
         weights: module path → `A` [rank, in] and `B` [out, rank] (other kinds of layers: `sideroad.kinds`; slices:
-            compact, `sideroad.pairs`), and `bias` [out] where one was trained; a module whose bias alone was trained
-            has only `bias`; `rows` [ids, dim] of trained tokens. Ranks come from these tensors, whatever `config` says.
+            compact, `sideroad.pairs`), what a method has beside them (`magnitude` [out], `E` [rank, 1], a start `A0`,
+            `B0` to be subtracted), and `bias` [out] where one was trained; a module whose bias alone was trained has
+            only `bias`; `rows` [ids, dim] of trained tokens. Ranks come from these tensors, whatever `config` says.
         base: the model it was made for.
         modules: path of a module trained whole → its state.
         kinds: path → `embedding`, `attention-output` or `peft-convolution`, for pairs that files name, or PEFT
@@ -96,10 +97,14 @@ class Adapter:
         """Return what the adapter adds to a module's weight, in fp32 (fp64 where stored so), the scale folded into B.
 
         Raises:
-            AdapterError: the adapter has no pair for this module.
+            AdapterError: the adapter has no pair for this module, or it has a magnitude, whose effect needs the weight.
         """
         pair = self._pair(path)
-        A, B = (pair[leaf] if pair[leaf].dtype == torch.float64 else pair[leaf].float() for leaf in ("A", "B"))
+        if "magnitude" in pair:
+            raise AdapterError(
+                f"{path} has a DoRA magnitude: what it adds depends on the base's weight; attach it, and merge instead."
+            )
+        A, B = (one if one.dtype == torch.float64 else one.float() for one in acting_pair(pair))
         parts = slices_of(self.config, path)
         where = None if parts is None else blocks(parts, out_of(parts, B.shape[0]))
         return LowRank(*matrices(A, B * self.scale(path), where, 0 if parts is None else out_of(parts, B.shape[0])))
@@ -171,7 +176,8 @@ class Adapter:
             f'manifest has the key "{key}", which save writes itself' for key in RESERVED if key in self.manifest
         ]
         raise_findings(AdapterError, f"the adapter for {Path(path)} cannot be saved", shorten(findings))
-        files = plain._texts(card, self.config)
+        # the ranks that AdaLoRA has settled are the adapter's; how it got there is over
+        files = plain._texts(card, plain.config if self.config.method.kind == "adalora" else self.config)
 
         def build(draft: Path) -> None:
             for name, text in files.items():
@@ -181,27 +187,8 @@ class Adapter:
         replace_directory(Path(path), build, objection=must_not_replace)
 
     def _plain(self) -> Adapter:
-        """The same adapter with one ordinary pair on each sliced layer: zeros outside its blocks, ranks added up."""
-        wanted = {path: parts for path in self.paths if (parts := slices_of(self.config, path)) is not None}
-        if not wanted:
-            return self
-        weights, ranks, alphas = dict(self.weights), {}, {}
-        for path, parts in wanted.items():
-            leaves = self.weights[path]
-            out, each, count = out_of(parts, leaves["B"].shape[0]), leaves["B"].shape[1], enabled(parts)
-            weights[path] = {**leaves, "B": spread(leaves["B"], blocks(parts, out), out)}
-            ranks[f"re:{re.escape(path)}"] = each * count
-            # the scale stays the same: s(alpha', count · rank) = s(alpha, rank)
-            rule = RULES[self.config.method.scaling]
-            alphas[f"re:{re.escape(path)}"] = alpha_of(self.config, path) * rule(1.0, each) / rule(1.0, each * count)
-        config = self.config.model_copy(
-            update={
-                "slices": {},
-                # first, so that they match first; last, so that no older value stays under the same key
-                "rank_pattern": {**ranks, **self.config.rank_pattern, **ranks},
-                "alpha_pattern": {**alphas, **self.config.alpha_pattern, **alphas},
-            }
-        )
+        """The same adapter with one ordinary pair on each layer, as files hold it."""
+        config, weights = fold(self.config, self.weights)
         return replace(self, config=config, weights=weights)
 
     def _texts(self, card: str | None, exact: AdapterConfig) -> dict[str, str]:
@@ -247,26 +234,11 @@ class Adapter:
             return self
         try:
             config = validate(AdapterConfig, stored, str(directory / MANIFEST))
-            exact = replace(self, config=config)._compact()
+            weights = unfold(config, self.weights)
         except ConfigError as error:
             raise AdapterError(f'{str(error)[:2000]} Delete "config" there to use {CONFIG} alone.') from error
-        return exact if exact is not None and exact._plain()._fields() == dict(fields) else self
-
-    def _compact(self) -> Adapter | None:
-        """Undo `_plain` as the configuration says; None where the tensors are not of that form."""
-        weights = dict(self.weights)
-        for path in self.paths:
-            parts = slices_of(self.config, path)
-            if parts is not None:
-                B = weights[path]["B"]
-                try:
-                    small = compact(B, blocks(parts, B.shape[0]))
-                except AdapterError:
-                    return None
-                if small is None:
-                    return None
-                weights[path] = {**weights[path], "B": small}
-        return replace(self, weights=weights)
+        exact = self if weights is None else replace(self, config=config, weights=weights)
+        return exact if exact._plain()._fields() == dict(fields) else self
 
     def _pair(self, path: str) -> Mapping[str, Tensor]:
         leaves = self.weights.get(path, {})

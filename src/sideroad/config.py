@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from sideroad.errors import ConfigError, did_you_mean, raise_findings
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
-Init = Literal["kaiming", "gaussian", "random"]
+InitName = Literal["kaiming", "gaussian", "random", "pissa", "pissa-fast", "olora"]
+FROM_WEIGHT = ("pissa", "pissa-fast", "olora")
+"""Initialisations that start from the weight; their product is subtracted again."""
+FROM_DATA = ("eva", "lora-ga")
+"""Initialisations that look at training data."""
+SUBTRACTED = (*FROM_WEIGHT, "lora-ga")
+"""Initialisations whose product is subtracted, so that the base stays as it is."""
 Bias = Literal["none", "adapted", "all"]
 AdapterDtype = Literal["float32", "base"]
 Slice = bool | tuple[Annotated[int, Field(ge=1)], bool]
@@ -23,11 +39,57 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
-class LoraMethod(Settings):
-    """Low-rank adaptation, `W' = W + s·B·A` (LoRA, Hu et al. 2021, arXiv:2106.09685, sec. 4.1)."""
+class EvaInit(Settings):
+    """A from the principal directions of each layer's input (EVA, Paischer et al. 2024, arXiv:2410.07170); B is 0."""
 
-    kind: Literal["lora"] = "lora"
-    """Name of the method; `lora` is the one there is."""
+    kind: Literal["eva"] = "eva"
+    batches: Annotated[int, Field(ge=1)] = 8
+    """Micro-batches of training data to look at."""
+    rho: Annotated[float, Field(ge=1)] = 2.0
+    """Largest rank of a layer as a multiple of `rank`; ranks go to the layers whose inputs they explain best, their sum
+    staying the same. 1 leaves every layer at `rank`."""
+
+
+class LoraGaInit(Settings):
+    """A and B from the gradient of each weight (LoRA-GA, Wang et al. 2024, arXiv:2407.05000), the base's part
+    subtracted."""
+
+    kind: Literal["lora-ga"] = "lora-ga"
+    batches: Annotated[int, Field(ge=1)] = 8
+    """Micro-batches of training data whose gradient is taken."""
+    gamma: Annotated[float, Field(gt=0)] = 16.0
+    """Stable scale: the larger, the smaller both factors are."""
+
+
+def _init_of(value: Any) -> Any:
+    """Let a word stand for the settings of an initialisation with all its defaults."""
+    return {"kind": value} if value in ("eva", "lora-ga") else value
+
+
+def _kind_of_init(value: Any) -> str | None:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return "name" if isinstance(value, str) else kind if isinstance(kind, str) else None
+
+
+Init = Annotated[
+    Annotated[InitName, Tag("name")] | Annotated[EvaInit, Tag("eva")] | Annotated[LoraGaInit, Tag("lora-ga")],
+    Discriminator(
+        _kind_of_init,
+        custom_error_type="init",
+        custom_error_message="Input should be a name, or settings whose kind is eva or lora-ga",
+    ),
+    BeforeValidator(_init_of),
+]
+
+
+def init_name(init: InitName | EvaInit | LoraGaInit) -> str:
+    """Return the word for an initialisation."""
+    return init if isinstance(init, str) else init.kind
+
+
+class PairSettings(Settings):
+    """What all methods that train a pair have in common."""
+
     rank: Annotated[int, Field(ge=1)] = 8
     """Rows of A and columns of B."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -37,13 +99,83 @@ class LoraMethod(Settings):
     scaling: Scaling = "alpha/r"
     """`alpha/r` (LoRA) or `alpha/sqrt(r)` (rsLoRA, arXiv:2312.03732)."""
     init: Init = "kaiming"
-    """A's distribution at the start; B is zero. `kaiming`: U(±1/sqrt(in)); `gaussian`: normal, standard deviation 1/r.
-    On embeddings A is zero and B is N(0, 1). `random`: both factors, so that a new adapter changes the model; for
-    tests."""
+    """The pair at the start. With B zero: `kaiming` (A is U(±1/sqrt(in))), `gaussian` (A has standard deviation 1/r),
+    `eva` (from the layer's inputs). With a product that is subtracted again, so that the base stays as it is: `pissa`,
+    `pissa-fast`, `olora` (from the weight), `lora-ga` (from its gradient). On embeddings A is zero and B is N(0, 1).
+    `random`: both factors, so that a new adapter changes the model; for tests."""
 
 
-Method = LoraMethod
-"""Union of the methods, told apart by `kind`; a new method joins it here."""
+class LoraMethod(PairSettings):
+    """Low-rank adaptation, `W' = W + s·B·A` (LoRA, Hu et al. 2021, arXiv:2106.09685, sec. 4.1)."""
+
+    kind: Literal["lora"] = "lora"
+    """Name of the method: `lora`, `dora` or `adalora`."""
+    trains: Literal["both", "B"] = "both"
+    """Which factors are trained. `B` keeps A as it starts and saves what training A would keep of every layer's input
+    (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303)."""
+
+
+class DoraMethod(PairSettings):
+    """A pair and a learned magnitude, `W' = m · (W + s·B·A) / ‖W + s·B·A‖` by row (DoRA, Liu et al. 2024,
+    arXiv:2402.09353, eq. 5)."""
+
+    kind: Literal["dora"] = "dora"
+    """Name of the method."""
+
+
+class AdaloraMethod(PairSettings):
+    """Singular triplets `P·Λ·Q` that compete for a shrinking budget of ranks (AdaLoRA, Zhang et al. 2023,
+    arXiv:2303.10512)."""
+
+    kind: Literal["adalora"] = "adalora"
+    """Name of the method."""
+    rank: Annotated[int, Field(ge=1)] = 12
+    """Triplets of a layer at the start."""
+    target_rank: Annotated[int, Field(ge=1)] = 8
+    """Triplets of a layer at the end, on average."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the run before the budget begins to shrink."""
+    final: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of the run, at its end, with the final budget."""
+    every: Annotated[int, Field(ge=1)] = 10
+    """Steps from one pruning to the next while the budget shrinks."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.85
+    """Smoothing of the sensitivity."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.85
+    """Smoothing of its uncertainty."""
+    orthogonality: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the term that keeps P and Q orthogonal."""
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> AdaloraMethod:
+        if self.target_rank > self.rank:
+            raise ValueError(f"target_rank {self.target_rank} is above rank {self.rank}; the budget only shrinks")
+        if self.warmup + self.final >= 1:
+            raise ValueError(f"warmup {self.warmup:g} and final {self.final:g} leave no steps for the budget to shrink")
+        if self.init not in ("kaiming", "gaussian"):
+            raise ValueError("init: AdaLoRA starts from random P and Q and Λ = 0; leave init out")
+        return self
+
+
+METHODS = (LoraMethod, DoraMethod, AdaloraMethod)
+"""Settings of the methods; a new one joins here and in the union below."""
+
+
+def _kind_of_method(value: Any) -> str | None:
+    """Return the kind that a method names; one without is LoRA."""
+    kind = value.get("kind", "lora") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) else None
+
+
+Method = Annotated[
+    Annotated[LoraMethod, Tag("lora")] | Annotated[DoraMethod, Tag("dora")] | Annotated[AdaloraMethod, Tag("adalora")],
+    Discriminator(
+        _kind_of_method,
+        custom_error_type="method",
+        custom_error_message="Input should be settings whose kind is lora, dora or adalora",
+    ),
+]
+"""The methods, told apart by `kind`."""
 
 
 class AdapterConfig(Settings):
@@ -112,6 +244,14 @@ class AdapterConfig(Settings):
         return value
 
     @model_validator(mode="after")
+    def _refuse_combinations(self) -> AdapterConfig:
+        named = init_name(self.method.init)
+        if self.tie_embeddings and (self.method.kind != "lora" or named in SUBTRACTED):
+            what = f"method.kind: {self.method.kind}" if self.method.kind != "lora" else f"method.init: {named}"
+            raise ValueError(f"tie_embeddings lets a head follow an embedding's plain pair; {what} has more than that")
+        return self
+
+    @model_validator(mode="after")
     def _require_target(self) -> AdapterConfig:
         if not (self.targets or self.modules_to_save or self.trainable_tokens):
             raise ValueError('no target given; use "all-linear" or name layers')
@@ -139,25 +279,35 @@ def validate(schema: type[S], values: object, where: str) -> S:
 
 
 def _finding(schema: type[Settings], item: Any, where: str) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+    parts, section = _trail(schema, item["loc"])
+    path = ".".join(parts)
     if item["type"] != "extra_forbidden":
         shown = repr(item["input"])
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         return f"{path or 'top level'}: {item['msg'].removeprefix('Value error, ')}; found {shown} ({where})"
-    *parents, key = (str(part) for part in item["loc"])
-    allowed = sorted(_section(schema, parents).model_fields)
+    allowed = sorted(section.model_fields)
     return (
-        f'unknown key "{path}".{did_you_mean(key, allowed)} '
+        f'unknown key "{path}".{did_you_mean(parts[-1], allowed)} '
         f"Allowed here: {', '.join(allowed)} ({where})"
     )
 
 
-def _section(schema: type[Settings], parents: list[str]) -> type[Settings]:
-    for part in parents:
+def _trail(schema: type[Settings], location: Iterable[Any]) -> tuple[list[str], type[Settings]]:
+    """Return the keys that lead to a finding, without the tags of unions between them, and the section it is in."""
+    parts: list[str] = []
+    members: list[type[Settings]] = []
+    for part in map(str, location):
+        tagged = next((one for one in members if one.model_fields["kind"].default == part), None)
+        if tagged is not None or (members and part == "name"):
+            schema = tagged or schema
+            members = []
+            continue
+        parts.append(part)
         field = schema.model_fields.get(part)
-        nested = next(_settings_in(field.annotation), None) if field else None
-        schema = nested or schema
-    return schema
+        found = list(_settings_in(field.annotation)) if field else []
+        schema = found[0] if found else schema
+        members = [one for one in found if "kind" in one.model_fields]
+    return parts, schema
 
 
 def _settings_in(annotation: Any) -> Iterator[type[Settings]]:

@@ -9,20 +9,21 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
-from sideroad.config import AdapterConfig
+from sideroad.config import SUBTRACTED, AdapterConfig, init_name
 from sideroad.copies import settle_copies
 from sideroad.errors import AdapterError, did_you_mean, raise_findings
 from sideroad.joining import Placed, state_without_adapters
 from sideroad.kinds import ALLOWED
 from sideroad.kinds.convolution import CLASSES
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
-from sideroad.methods import BRANCHLESS, PARTS, ROWS, tokens_of
+from sideroad.kinds.prepared import PreparedConvolution, asked
+from sideroad.methods import PARTS, ROWS, START, objection, tokens_of
 from sideroad.pairs import pair_shapes
 from sideroad.peft_keys import PEFT_CONVOLUTION
 from sideroad.route import deltas_of
 from sideroad.survey import Survey
 from sideroad.tying import find_followers, without_followers
-from sideroad.weights import has_trainable_bias
+from sideroad.weights import has_trainable_bias, layer_shape
 
 Layout = Mapping[str, Mapping[str, tuple[int, ...]]]
 """Module path → tensor name → shape."""
@@ -56,7 +57,7 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
             if whole
             else [
                 *_module_problems(survey, value.config, path, layout[path]),
-                *_kind_problems(survey, path, layout[path], value.kinds.get(path), value.config.method.dropout),
+                *_kind_problems(survey, path, layout[path], value.kinds.get(path), value.config),
             ]
         )
         for problem in found:
@@ -146,7 +147,8 @@ def _module_problems(
     if ROWS in parts:
         yield from _row_problems(survey, config, path, parts)
         return
-    needed = PARTS[config.method.kind]
+    start = START if init_name(config.method.init) in SUBTRACTED and parts.keys() & set(START) else ()
+    needed = (*PARTS[config.method.kind], *start)
     pair = [part for part in parts if part in needed]
     unknown = [part for part in parts if part not in needed and part != "bias"]
     if unknown:
@@ -175,20 +177,23 @@ def _shape_problems(
     if isinstance(layer, CLASSES) and layer.groups > 1 and parts["A"][1:2] == (layer.in_channels,):
         whole = rank if parts["A"][0] == rank else rank * layer.groups
         needed = (whole, layer.in_channels, *layer.kernel_size), needed[1]
-    for part, shape in zip("AB", needed, strict=True):
-        if parts[part] != shape:
+    wanted = dict(zip("AB", needed, strict=True))
+    wanted |= dict(zip(START, needed, strict=True)) if START[0] in parts else {}
+    wanted |= {"magnitude": (layer_shape(layer)[0],), "E": (needed[0][0], 1)}
+    for part, shape in wanted.items():
+        if part in parts and parts[part] != shape:
             yield f"has {part} of shape {list(parts[part])}; the layer needs {list(shape)} for rank {rank}"
 
 
 def _kind_problems(
-    survey: Survey, path: str, parts: Mapping[str, tuple[int, ...]], said: str | None, dropout: float
+    survey: Survey, path: str, parts: Mapping[str, tuple[int, ...]], said: str | None, config: AdapterConfig
 ) -> Iterable[str]:
     """Sentences about a pair that was made for another kind of layer, or computed in another way."""
     kind, layer = survey.kinds.get(survey.canonical.get(path, path)), survey.modules.get(path)
     if "A" not in parts or kind is None or layer is None:
         return
-    if kind.seam == "owner" and dropout:
-        yield f"cannot have the adapter's dropout of {dropout}: it {BRANCHLESS}"
+    if why := objection(config, path, layer):
+        yield why.rstrip(".")
     embedding = EmbeddingKind.name
     if (said == embedding) != (kind.name == embedding):
         made, found = ("an embedding", "not one") if said == embedding else ("another kind of layer", "an embedding")
@@ -199,6 +204,11 @@ def _kind_problems(
             "has a pair of PEFT, which trains A without dilation and padding mode; this "
             f"{type(layer).__name__} has them ({layer.extra_repr()}), so the pair would act otherwise here. Train it "
             "again here, where A has the layer's geometry"
+        )
+    if said == PEFT_CONVOLUTION and isinstance(kind, PreparedConvolution) and asked(layer) == "prepared":
+        yield (
+            f"has a pair of PEFT, which trains A on the input as it comes; this {type(layer).__name__} has a forward "
+            "of its own that prepares it first, so the pair would act otherwise here. Train it again here"
         )
 
 

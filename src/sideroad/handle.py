@@ -90,8 +90,12 @@ class Attached:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return an adapter's live parameters by `<module path>.A`, `.B`, `.bias`, `.rows` or a module's own names."""
-        deltas = ((path, find_delta(self.model, path, name)) for path in self._roster.find(name).paths)
-        return {f"{path}.{part}": one for path, delta in deltas for part, one in parameters_of(delta).items()}
+        found = self.deltas(name).items()
+        return {f"{path}.{part}": one for path, delta in found for part, one in parameters_of(delta).items()}
+
+    def deltas(self, name: str) -> dict[str, nn.Module]:
+        """Return what an adapter has put on each layer, by path."""
+        return {path: find_delta(self.model, path, name) for path in self._roster.find(name).paths}
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter as a value: CPU copies of its tensors, its targets as the shortest list of names."""

@@ -141,11 +141,15 @@ def merged_parameters(layer: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
         if isinstance(delta, Replaced):
             result.update({name: tensor.detach() for name, tensor in delta.tensors().items()})
     lowered = [(cast(Delta, delta).lower(layer), weight) for delta, weight in pairs if not isinstance(delta, Replaced)]
-    changes = [low.scaled(weight) for low, weight in lowered if low is not None]
+    gained = [(low, weight) for low, weight in lowered if low is not None and low.gain is not None]
+    changes = [low.scaled(weight) for low, weight in lowered if low is not None and low.gain is None]
     rows = [(delta, weight) for delta, weight in pairs if isinstance(delta, RowsDelta | TiedRows)]
-    if changes or rows:
+    if gained or changes or rows:
         wide = torch.promote_types(weight_of(layer).dtype, torch.float32)
-        dense = read_dense(layer, wide)
+        base = dense = read_dense(layer, wide)
+        for low, weight in gained:
+            whole = low.apply_to(base)
+            dense = dense + weight * (whole - base) if weight != 1.0 or dense is not base else whole
         stored = dense if not changes else reduce(LowRank.add, changes).apply_to(dense)
         stored = require_kind(layer).stored(layer, stored)
         for delta, weight in rows:

@@ -11,7 +11,7 @@ MAPPED = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "use_rslora",
     "lora_dropout", "bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "init_lora_weights", "modules_to_save", "trainable_token_indices",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "use_dora",
 })  # fmt: skip
 """Fields that have a place in an `Adapter`."""
 
@@ -32,7 +32,6 @@ HARMLESS: Mapping[str, Any] = {
 """Fields that do not change what a finished adapter computes → the value that need not be kept."""
 
 REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA, a learned magnitude per output",
     "lora_bias": "a bias inside the pair",
     "target_parameters": "pairs on raw parameters such as experts",
     "layer_replication": "layers stacked several times",

@@ -94,7 +94,7 @@ def read_config(
     ]
     tokens, wrong_tokens = our_tokens(fields, held, source)
     findings += [*trouble, *numbers.findings, *_target_findings(fields, source), *wrong_tokens]
-    findings += module_findings(fields, held, source)
+    findings += [*module_findings(fields, held, source), *_magnitude_findings(fields, ranks, held, source)]
     if not findings:
         findings += _fit_findings(fields, ranks, rank, rank_pattern, source, held)
     if findings:
@@ -106,7 +106,8 @@ def read_config(
             "trainable_tokens": tokens,
             "tie_embeddings": bool(fields.get("ensure_weight_tying")),
             "method": {
-                "kind": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "init": init,
+                "kind": "dora" if fields.get("use_dora") else "lora",
+                "rank": rank, "alpha": alpha, "dropout": dropout, "init": init,
                 "scaling": "alpha/sqrt(r)" if fields.get("use_rslora") else "alpha/r",
             },
             "rank_pattern": output_patterns(rank_pattern, rank, ranks, held.kinds)
@@ -152,6 +153,7 @@ def write_config(
         "lora_dropout": method.dropout,
         "ensure_weight_tying": config.tie_embeddings,
         "use_rslora": method.scaling == "alpha/sqrt(r)",
+        "use_dora": method.kind == "dora",
         "bias": next(theirs for theirs, ours in BIASES.items() if ours == config.bias),
         "rank_pattern": their_patterns(config.rank_pattern, ranks, rank),
         "alpha_pattern": their_patterns(config.alpha_pattern, alphas, method.alpha),
@@ -183,6 +185,21 @@ def _target_findings(fields: Mapping[str, Any], source: str) -> list[str]:
     if not (layers is None or type(layers) is int or _all(layers, int)):
         findings.append(f"{source}: layers_to_transform is {shown(layers)}; expected a list of whole numbers or null")
     return findings
+
+
+def _magnitude_findings(
+    fields: Mapping[str, Any], ranks: Mapping[str, int], held: Sorted, source: str
+) -> list[str]:
+    """DoRA is said in the configuration and held in the file, or neither."""
+    said = fields.get("use_dora", False) or False
+    if not isinstance(said, bool):
+        return [f"{source}: use_dora is {shown(said)}; expected true or false"]
+    wrong = [path for path in ranks if ("magnitude" in held.weights.get(path, {})) != said]
+    if not wrong:
+        return []
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    what = "no DoRA magnitude, but use_dora is true" if said else "a DoRA magnitude, but use_dora is not true"
+    return [f"{wrong[0]}{more}: there is {what} in {source}; without both, what the adapter computes is not known"]
 
 
 def _fit_findings(

@@ -28,6 +28,7 @@ Attaching compares it with the base: equal, it is dropped; different, it replace
 
 _LEAVES = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
     "token_adapter.trainable_tokens_delta": "rows",
 }  # fmt: skip
 _STRAYS = (".original_module.", ".modules_to_save.")
@@ -36,7 +37,6 @@ _ATTENTION_OUTPUT = re.compile(
     r"(?:(?P<owner>.+)\.)?base_layer\.out_proj\.(?:lora_(?P<leaf>[AB])\.weight|base_layer\.bias)"
 )
 _REFUSED = {
-    "lora_magnitude_vector": "a DoRA magnitude; DoRA is not supported yet",
     "lora_B.bias": "a bias inside the pair (lora_bias); not supported yet",
     "lora_A.bias": "a bias inside the pair; not supported",
     "lora_E": "an AdaLoRA singular value; AdaLoRA is not supported yet",
@@ -72,7 +72,7 @@ def module_key(path: str, leaf: str, *, adapted: bool = True, kind: str | None =
     """Return the file's name of a module's tensor.
 
     Args:
-        leaf: `A`, `B`, `bias` or `rows`.
+        leaf: `A`, `B`, `magnitude`, `bias` or `rows`.
         adapted: the module has a pair. PEFT moves such a layer's own tensors below `base_layer`, also in files.
         kind: of the layer, where its tensors have names of their own.
     """
@@ -85,6 +85,8 @@ def module_key(path: str, leaf: str, *, adapted: bool = True, kind: str | None =
         return f"{ROOT}{path}.base_layer.weight" if adapted else f"{ROOT}{path}.weight"
     if leaf == "rows":
         return f"{ROOT}{path}.token_adapter.trainable_tokens_delta"
+    if leaf == "magnitude":
+        return f"{ROOT}{path}.lora_magnitude_vector"
     if kind == EMBEDDING:
         return f"{ROOT}{path}.lora_embedding_{leaf}"
     return f"{ROOT}{path}.lora_{leaf}.weight"
@@ -98,7 +100,11 @@ def to_tensors(
     """Name every tensor as PEFT's files do."""
     named = {
         module_key(path, leaf, adapted="A" in leaves, kind=kinds.get(path)): (
-            _halved(path, tensor) if (kinds.get(path), leaf) == (OUTPUT, "B") else tensor
+            _halved(path, tensor)
+            if (kinds.get(path), leaf) == (OUTPUT, "B")
+            else _beside_places(tensor, leaves["A"])
+            if leaf == "magnitude"
+            else tensor
         )
         for path, leaves in weights.items()
         for leaf, tensor in leaves.items()
@@ -106,6 +112,11 @@ def to_tensors(
     }
     whole = {f"{ROOT}{path}.{name}": tensor for path, state in modules.items() for name, tensor in state.items()}
     return named | whole
+
+
+def _beside_places(magnitude: Tensor, A: Tensor) -> Tensor:
+    """A magnitude [out] as files hold it: of a convolution [1, out, 1, ...]."""
+    return magnitude if A.ndim == 2 else magnitude.reshape(1, -1, *[1] * (A.ndim - 2))
 
 
 def _halved(path: str, B: Tensor) -> Tensor:
@@ -136,6 +147,7 @@ def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> 
         where = (found.modules if placed.whole else found.weights).setdefault(placed.path, {})
         if placed.leaf in where:
             refused.setdefault("a second tensor for the same place", []).append(key)
+        tensor = tensor.reshape(-1) if placed.leaf == "magnitude" and not placed.whole else tensor
         where[placed.leaf] = tensor * TWICE if (placed.kind, placed.leaf) == (OUTPUT, "B") else tensor
         if placed.kind:
             found.kinds[placed.path] = placed.kind

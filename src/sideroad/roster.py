@@ -85,8 +85,28 @@ class Roster:
             self.find(name)
             if not math.isfinite(weight):
                 raise AdapterError(f'the weight of adapter "{name}" is {weight}; it must be a finite number.')
-        raise_findings(AdapterError, "these adapters cannot act together", self._clashes(weights))
-        return weights
+        raise_findings(
+            AdapterError, "these adapters cannot act together", [*self._clashes(weights), *self._several_norms(weights)]
+        )
+        # one that scales its layer's own output acts before those that add to it
+        return dict(sorted(weights.items(), key=lambda item: not self._scales(item[0])))
+
+    def _scales(self, name: str) -> bool:
+        return self.entries[name].description.config.method.kind == "dora"
+
+    def _several_norms(self, weights: Mapping[str, float]) -> list[str]:
+        """Findings about DoRA adapters on one layer: each would have to scale what is left of the other's weight."""
+        scaling = [name for name in weights if self._scales(name)]
+        findings = []
+        for index, name in enumerate(scaling):
+            for other in scaling[:index]:
+                met = set(self.entries[name].targets) & set(self.entries[other].targets)
+                if met:
+                    findings.append(
+                        f'"{other}" and "{name}" are both DoRA adapters of {min(met)}, and a layer has one magnitude; '
+                        "let one act at a time, or merge one into the base first."
+                    )
+        return findings
 
     def _clashes(self, weights: Mapping[str, float]) -> list[str]:
         """Findings about modules trained whole: they act with weight 1, and nothing else acts on or inside them."""

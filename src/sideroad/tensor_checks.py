@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types that an adapter's tensors may have."""
 
 _DIMENSIONS: Mapping[str, tuple[int, ...]] = {
-    "A": (2, 3, 4, 5), "B": (2, 3, 4, 5), "bias": (1,), "rows": (2,), BASE: (2,),
+    "A": (2, 3, 4, 5), "B": (2, 3, 4, 5), "magnitude": (1,), "bias": (1,), "rows": (2,), BASE: (2,),
 }  # fmt: skip
 """Leaf → how many dimensions it may have; more than 2 belong to convolutions."""
 
@@ -40,7 +40,7 @@ def weight_findings(
     for path in sorted(weights, key=path_order):
         leaves = weights[path]
         unknown = sorted(leaves.keys() - _DIMENSIONS.keys())
-        findings += [f"{path} has a tensor {leaf!r}; known: A, B, bias, rows" for leaf in unknown]
+        findings += [f"{path} has a tensor {leaf!r}; known: A, B, magnitude, bias, rows" for leaf in unknown]
         for leaf, other in (("A", "B"), ("B", "A")):
             if leaf in leaves and other not in leaves:
                 findings.append(f"{name(path, leaf)} has no partner {name(path, other)}")
@@ -82,8 +82,9 @@ def _shape_findings(named: Mapping[str, tuple[str, Tensor]]) -> list[str]:
             f"{name_a} {list(A.shape)} and {name_b} {list(B.shape)} have ranks {A.shape[0]} and "
             f"{B.shape[1]}; expected [rank, in] and [out, rank]"
         )
-    if "bias" in named and named["bias"][1].shape[0] != B.shape[0]:
-        findings.append(
-            f"{named['bias'][0]} has {named['bias'][1].shape[0]} values; the layer has {B.shape[0]} outputs"
-        )
+    for leaf in ("bias", "magnitude"):
+        if leaf in named and named[leaf][1].shape[0] != B.shape[0]:
+            findings.append(
+                f"{named[leaf][0]} has {named[leaf][1].shape[0]} values; the layer has {B.shape[0]} outputs"
+            )
     return findings

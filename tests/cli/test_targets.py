@@ -15,7 +15,7 @@ def test_table_and_totals(place: Path) -> None:
     lines = [line.split() for line in spoken.out.splitlines()]
     assert ["q_proj", "2", "32", "x", "32", "4", "16", "512"] in lines
     assert ["v_proj", "2", "16", "x", "32", "4", "16", "384"] in lines
-    assert "4 layers, 896 trainable parameters, 2.55 % of the base" in spoken.out
+    assert "4 layers, 896 trainable parameters: 2.48 % of 36,064, base and adapter" in spoken.out
     assert "3.6 kB in float32, 1.8 kB in bfloat16" in spoken.out.replace("3.58", "3.6").replace("1.79", "1.8")
 
 

@@ -289,13 +289,13 @@ def test_a_dtype_below_fp32_is_rounded_as_a_merge_rounds() -> None:
 
 def test_dropout_is_refused_with_the_way_out() -> None:
     config = AdapterConfig(targets="attention", method=LoraMethod(rank=2, dropout=0.1))
-    with pytest.raises(AdapterError, match=r"dropout is 0.1, but attention is a projection .* Set dropout to 0, or"):
+    with pytest.raises(AdapterError, match=r"attention is a projection .* Set dropout to 0, or"):
         attach(Model(), config)
     model = Model()
     handle = adapted(model, "attention")
     value = handle.adapter("default")
     louder = replace(value, config=value.config.model_copy(update={"method": config.method}))
     before = {name: one.clone() for name, one in handle.parameters("default").items()}
-    with pytest.raises(AdapterError, match=r"cannot have the adapter's dropout of 0.1"):
+    with pytest.raises(AdapterError, match=r"has no branch to drop from.*found dropout 0.1"):
         handle.load("default", louder)
     assert all(torch.equal(one, before[name]) for name, one in handle.parameters("default").items())

@@ -112,11 +112,14 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
         leaf = target.path.rpartition(".")[2]
         groups[leaf, target.out_features, target.in_features, target.rank, target.alpha].append(target)
     trainable = sum(target.parameters for target in targets.values()) + biases + extra + sum(whole.values())
+    base = sum(one.numel() for one in model.parameters())
     return {
         "model": name,
         "architecture": type(model).__name__,
-        "base_parameters": sum({id(p): p.numel() for p in model.parameters()}.values()),
+        "base_parameters": base,
         "trainable_parameters": trainable,
+        "total_parameters": base + trainable,
+        "trainable_percent": 100 * trainable / (base + trainable),
         "bias_parameters": biases,
         "file_bytes": {"float32": 4 * trainable, "bfloat16": 2 * trainable},
         "groups": [
@@ -157,11 +160,11 @@ def _print(survey: dict[str, Any], all_paths: bool) -> None:
     base = render.count(survey["base_parameters"])
     console.print(f"{survey['model']} ({survey['architecture']}, {base} parameters)\n", soft_wrap=True)
     console.print(render.table(columns, rows))
-    trainable, file_bytes = survey["trainable_parameters"], survey["file_bytes"]
+    trainable, total, file_bytes = survey["trainable_parameters"], survey["total_parameters"], survey["file_bytes"]
     biases = f", {survey['bias_parameters']:,} of them biases" if survey["bias_parameters"] else ""
     console.print(
-        f"\n{len(survey['paths'])} layers, {trainable:,} trainable parameters{biases}, "
-        f"{render.share(trainable, survey['base_parameters'])} of the base"
+        f"\n{len(survey['paths'])} layers, {trainable:,} trainable parameters{biases}: "
+        f"{render.share(trainable, total)} of {total:,}, base and adapter"
     )
     sizes = ", ".join(f"{render.size(number)} in {name}" for name, number in file_bytes.items())
     console.print(f"adapter file {sizes}")

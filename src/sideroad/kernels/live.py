@@ -7,9 +7,9 @@ from torch import nn
 
 from sideroad.kernels.products import Pair, Projection
 from sideroad.kinds import kind_of
+from sideroad.methods.dora import DoraDelta
 from sideroad.methods.lora import BiasDelta, LoraDelta
 from sideroad.methods.replaced import Replaced
-from sideroad.pairs import spread
 from sideroad.route import Deltas, deltas_of
 
 
@@ -31,15 +31,16 @@ def projection_of(layer: nn.Module) -> Projection | str:
     if len(live) > 1:
         return "has several adapters acting at once"
     delta, weight = live[0]
-    if type(delta) is not LoraDelta:
+    if isinstance(delta, DoraDelta):
+        return "has a magnitude (DoRA)"
+    if not isinstance(delta, LoraDelta):
         return "its bias is trained" if isinstance(delta, BiasDelta) else "is not adapted by a pair"
     if delta.bias is not None:
         return "its bias is trained"
     if delta.beside is not None:
         return "is tied to trained token rows"
-    B = delta.B if delta.where is None else spread(delta.B, delta.where, delta.out_features)
     dropout = delta.dropout if delta.training else 0.0
-    return _plain(layer, Pair(delta.A, B, weight * delta.scale, dropout))
+    return _plain(layer, Pair(*delta.factors(), weight * delta.scale, dropout))
 
 
 def refusal(layer: nn.Module) -> str | None:

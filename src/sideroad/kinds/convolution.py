@@ -32,13 +32,15 @@ class Convolution:
 
     def claims(self, layer: nn.Module) -> bool:
         """Whether it is a convolution of one of the three classes, with a plain weight and their forward."""
-        weight = own_weight(layer)
-        if weight is None or not isinstance(layer, CLASSES):
+        # subclasses that standardise their weight would not equal their merged weight; some others: kinds/prepared.py
+        return isinstance(layer, CLASSES) and has_a_known_forward(layer) and self.has_its_shape(layer)
+
+    def has_its_shape(self, layer: nn.Module) -> bool:
+        """Whether the layer has a floating-point weight of its own, of the shape that its other attributes promise."""
+        weight, conv = own_weight(layer), convolution(layer)
+        if weight is None:
             return False
-        # subclasses that standardise their weight or pad by themselves would not equal their merged weight
-        if not any(type(layer).forward is known.forward for known in CLASSES):
-            return False
-        return tuple(weight.shape) == (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        return tuple(weight.shape) == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
 
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         """Return (out, in / groups * kernel)."""
@@ -57,7 +59,7 @@ class Convolution:
         """Return [groups * rank, in / groups, *kernel] and [out, rank, 1, ...]."""
         out_channels, *window = layer.get_parameter("weight").shape
         ones = (1,) * (len(window) - 1)
-        return (_conv(layer).groups * rank, *window), (out_channels, rank, *ones)
+        return (convolution(layer).groups * rank, *window), (out_channels, rank, *ones)
 
     def dropped(self, x: Tensor, probability: float) -> tuple[Tensor, Tensor | float]:
         """Zero single elements of x."""
@@ -65,27 +67,41 @@ class Convolution:
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, factor: Tensor | float) -> Tensor:
         """Return y + factor · B * (A * x), A with the layer's stride, padding, dilation and padding mode."""
-        conv = _conv(layer)
-        convolve = _CONVOLVE[A.ndim - 2]
-        groups = 1 if sees_all_inputs(layer, A) else conv.groups
+        conv = convolution(layer)
+        low = self.convolved(layer, x, A.to(x.dtype), 1 if sees_all_inputs(layer, A) else conv.groups)
+        back = conv.groups if B.shape[1] * conv.groups == A.shape[0] else 1
+        return y + _CONVOLVE[A.ndim - 2]((low * factor).to(y.dtype), B.to(y.dtype), groups=back)
+
+    def convolved(self, layer: nn.Module, x: Tensor, A: Tensor, groups: int) -> Tensor:
+        """Return A * x."""
+        conv = convolution(layer)
         padding = conv.padding
         if conv.padding_mode != "zeros":
             x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = 0  # type: ignore[assignment]
-        low = convolve(x, A.to(x.dtype), None, conv.stride, padding, conv.dilation, groups)
-        back = conv.groups if B.shape[1] * conv.groups == A.shape[0] else 1
-        return y + convolve((low * factor).to(y.dtype), B.to(y.dtype), groups=back)
+        return _CONVOLVE[A.ndim - 2](x, A, None, conv.stride, padding, conv.dilation, groups)
+
+    def product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the convolution of x without its bias."""
+        conv = convolution(layer)
+        return self.convolved(layer, x, conv.weight, conv.groups)
 
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Return the bias as [out, 1, ...]: outputs are channels, in front of the places."""
-        return bias.reshape(-1, *[1] * len(_conv(layer).kernel_size))
+        return bias.reshape(-1, *[1] * len(convolution(layer).kernel_size))
 
 
 def sees_all_inputs(layer: nn.Module, A: Tensor) -> bool:
     """Whether A is of PEFT's form on a grouped layer: every hidden channel sees all inputs, not those of one group."""
-    conv = _conv(layer)
+    conv = convolution(layer)
     return conv.groups > 1 and A.shape[1] == conv.in_channels
 
 
-def _conv(layer: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+def has_a_known_forward(layer: nn.Module) -> bool:
+    """Whether a layer's forward is that of `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
+    return any(type(layer).forward is known.forward for known in CLASSES)
+
+
+def convolution(layer: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """Return a layer that is known to be a convolution, as one."""
     return cast("nn.Conv1d | nn.Conv2d | nn.Conv3d", layer)

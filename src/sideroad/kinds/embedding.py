@@ -63,6 +63,11 @@ class Embedding:
         with torch.autocast(y.device.type, enabled=False):
             return add_product(y, low * embed_scale(layer, low), B, factor)
 
+    def product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the rows that are looked up."""
+        weight = layer.get_parameter("weight")
+        return functional.embedding(x, weight) * embed_scale(layer, weight)
+
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Return the bias itself; an embedding has none, so nothing asks."""
         return bias

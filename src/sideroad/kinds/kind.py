@@ -65,6 +65,9 @@ class Kind(Protocol):
             B: likewise.
         """
 
+    def product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the layer's weight times x, without a bias and without calling the layer."""
+
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Return a vector of one value per output in a shape that adds onto the layer's output."""
 

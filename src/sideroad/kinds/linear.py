@@ -57,6 +57,10 @@ class Linear:
         """Return y + factor · B A x in one fused product-and-add."""
         return add_product(y, functional.linear(x, A.to(x.dtype)), B, factor)
 
+    def product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return x Wᵀ."""
+        return functional.linear(x, self.oriented(layer.get_parameter(self.weight)))
+
     def spread_bias(self, layer: nn.Module, bias: Tensor) -> Tensor:
         """Return the bias itself: outputs are the last dimension."""
         return bias

@@ -3,7 +3,14 @@
 | paper                                   | axis            | where                       |
 |-----------------------------------------|-----------------|-----------------------------|
 | LoRA, arXiv:2106.09685                  | delta           | methods/lora.py             |
+| DoRA, arXiv:2402.09353                  | delta           | methods/dora.py             |
+| AdaLoRA, arXiv:2303.10512               | delta, budget   | methods/adalora.py, budget.py |
+| LoRA-FA, arXiv:2308.03303               | delta           | methods/lora_fa.py, `trains: B` |
 | rsLoRA, arXiv:2312.03732                | scaling         | scaling.py, `alpha/sqrt(r)` |
+| PiSSA, arXiv:2404.02948                 | init            | init.py, `pissa`, `pissa-fast` |
+| OLoRA, arXiv:2406.01775                 | init            | init.py, `olora`            |
+| EVA, arXiv:2410.07170                   | init            | data_init.py, `eva`         |
+| LoRA-GA, arXiv:2407.05000               | init            | data_init.py, `lora-ga`     |
 | LoRA+, arXiv:2402.12354                 | optimizer ratio | train, `optim.lr_ratio_b`   |
 
 Beside a method's pairs an adapter may hold trained biases (methods/lora.py), token rows (methods/rows.py) and modules
@@ -12,26 +19,46 @@ trained whole (methods/replaced.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sideroad.config import AdapterConfig
+from sideroad.config import FROM_DATA, FROM_WEIGHT, AdapterConfig, init_name
 from sideroad.errors import AdapterError
 from sideroad.kinds import kind_of
 from sideroad.kinds.convolution import CLASSES, sees_all_inputs
 from sideroad.lowrank import LowRank
-from sideroad.methods.lora import BiasDelta, LoraDelta
+from sideroad.methods.adalora import AdaloraDelta
+from sideroad.methods.dora import DoraDelta
+from sideroad.methods.lora import BiasDelta, LoraDelta, PairOptions
+from sideroad.methods.lora_fa import LoraFaDelta
 from sideroad.methods.replaced import Replaced
 from sideroad.methods.rows import RowsDelta
 from sideroad.pairs import blocks, slices_of
 from sideroad.patterns import first_match
 from sideroad.scaling import scale
 
-PARTS: Mapping[str, tuple[str, ...]] = {"lora": ("A", "B")}
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "lora": ("A", "B"), "dora": ("A", "B", "magnitude"), "adalora": ("A", "B", "E")
+}  # fmt: skip
 """Method kind → names of the tensors that a target needs; `bias` may stand beside them or alone."""
+
+START = ("A0", "B0")
+"""Names of the pair whose product is subtracted, where an initialisation has one."""
+
+Maker = Callable[[Mapping[str, Tensor], nn.Module, PairOptions], LoraDelta]
+
+MAKERS: Mapping[str, Maker] = {
+    "lora": lambda parts, layer, options: LoraDelta(parts["A"], parts["B"], **options),
+    "lora, B alone": lambda parts, layer, options: LoraFaDelta(parts["A"], parts["B"], **options),
+    "dora": lambda parts, layer, options: DoraDelta(
+        parts["A"], parts["B"], magnitude=parts["magnitude"], layer=layer, **options
+    ),
+    "adalora": lambda parts, layer, options: AdaloraDelta(parts["A"], parts["B"], E=parts["E"], **options),
+}
+"""Method → its delta on a layer, from tensors by name."""
 
 BRANCHLESS = (
     "is a projection of nn.MultiheadAttention, which reads its weight and has no branch to drop from. Set dropout to "
@@ -68,7 +95,12 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
     parameter = next(layer.parameters(recurse=False))
     dtype = parameter.dtype if config.dtype == "base" else torch.float32
     placed = {
-        part: tensor.detach().to(parameter.device, dtype, copy=True, memory_format=torch.contiguous_format)
+        part: tensor.detach().to(
+            parameter.device,
+            torch.promote_types(dtype, torch.float32) if part == "magnitude" else dtype,
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
         for part, tensor in tensors.items()
     }
     if ROWS in placed:
@@ -77,19 +109,43 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
         return BiasDelta(placed["bias"])
     kind = kind_of(layer)
     assert kind is not None, "fitting and targets let only known kinds through"
-    if kind.seam == "owner" and config.method.dropout:
-        raise AdapterError(f"dropout is {config.method.dropout}, but {path} {BRANCHLESS}.")
+    if why := objection(config, path, layer):
+        raise AdapterError(f"{path} {why}.")
     parts, out_features = slices_of(config, path), kind.shape(layer)[0]
-    return LoraDelta(
-        placed["A"],
-        placed["B"],
+    options = PairOptions(
         scale=scale(config, path, layer_rank(layer, placed["A"], placed["B"])),
         dropout=config.method.dropout,
         bias=placed.get("bias"),
         kind=kind,
         where=None if parts is None else blocks(parts, out_features),
         out_features=out_features,
+        start=(placed["A0"], placed["B0"]) if "A0" in placed else None,
     )
+    alone = getattr(config.method, "trains", "both") == "B"
+    return MAKERS[f"{config.method.kind}, B alone" if alone else config.method.kind](placed, layer, options)
+
+
+def objection(config: AdapterConfig, path: str, layer: nn.Module) -> str | None:
+    """Say why a method cannot act on a layer, after the layer's path; None if it can."""
+    kind, method = kind_of(layer), config.method
+    if kind is None:
+        return None
+    if kind.seam == "owner" and method.dropout:
+        return f"{BRANCHLESS}; found dropout {method.dropout}"
+    if kind.seam == "owner" and method.kind == "dora":
+        return f"is a weight that its owner's forward reads ({type(layer).__name__}); DoRA scales outputs. Exclude it"
+    several = slices_of(config, path) is not None or (isinstance(layer, CLASSES) and layer.groups > 1)
+    named = init_name(method.init)
+    alone = getattr(method, "trains", "both") == "B"
+    if isinstance(layer, nn.Embedding) and (method.kind == "dora" or alone):
+        why = "whose A is zero at the start" if alone else "which has no rows that outputs are made of"
+        return f"is an embedding, {why}: {'trains: B' if alone else 'DoRA'} cannot act on it. Exclude it"
+    if several and (method.kind != "lora" or alone or named in FROM_WEIGHT + FROM_DATA):
+        what = method.kind if method.kind != "lora" else "trains: B" if alone else f"init: {named}"
+        return f"has a pair for each of its slices or groups, which {what} does not know. Exclude it, or use plain LoRA"
+    if named in FROM_DATA and not kind.linear:
+        return f"is a {type(layer).__name__}; init: {named} looks at linear layers only. Exclude it"
+    return None
 
 
 def tune_delta(delta: nn.Module, config: AdapterConfig, path: str, layer: nn.Module) -> None:
@@ -125,7 +181,9 @@ def parts_of(delta: nn.Module) -> dict[str, Tensor]:
     """Return a delta's live tensors by name, detached; of a module trained whole its buffers too."""
     if isinstance(delta, Replaced):
         return {name: tensor.detach() for name, tensor in delta.tensors().items()}
-    return {part: parameter.detach() for part, parameter in delta.named_parameters()}
+    # what a pair does not train (a start, A of LoRA-FA) is a buffer
+    fixed = delta.named_buffers() if isinstance(delta, LoraDelta) else ()
+    return {part: tensor.detach() for part, tensor in (*delta.named_parameters(), *fixed)}
 
 
 def parameters_of(delta: nn.Module) -> dict[str, nn.Parameter]:

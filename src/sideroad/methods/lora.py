@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,18 @@ from sideroad.lowrank import LowRank
 from sideroad.methods.rows import TiedRows
 from sideroad.pairs import Blocks, matrices, spread
 from sideroad.weights import CHANNEL_NORMS
+
+
+class PairOptions(TypedDict, total=False):
+    """What every delta with a pair takes besides its tensors; see `LoraDelta`."""
+
+    scale: float
+    dropout: float
+    bias: Tensor | None
+    kind: Kind | None
+    where: Blocks | None
+    out_features: int
+    start: tuple[Tensor, Tensor] | None
 
 
 class LoraDelta(nn.Module):
@@ -33,19 +47,24 @@ class LoraDelta(nn.Module):
         kind: of the layer; how the branch runs and what its weight looks like.
         where: blocks of the output that have a pair of their own (fused layers); None for one plain pair.
         out_features: of the layer; needed with `where`.
+        start: A0 and B0 whose product is subtracted, where the pair does not start at zero; never trained.
     """
+
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(
         self,
         A: Tensor,
         B: Tensor,
         *,
-        scale: float,
+        scale: float = 1.0,
         dropout: float = 0.0,
         bias: Tensor | None = None,
         kind: Kind | None = None,
         where: Blocks | None = None,
         out_features: int = 0,
+        start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
@@ -56,6 +75,8 @@ class LoraDelta(nn.Module):
         self.kind: Kind = kind or Linear()
         self.where = where
         self.out_features = out_features
+        self.register_buffer("A0", None if start is None else start[0])
+        self.register_buffer("B0", None if start is None else start[1])
         self.shared = False
         """Whether layers tied to this one follow it; a merge then writes the weight once and keeps the tie."""
         self.beside: TiedRows | None = None
@@ -77,8 +98,34 @@ class LoraDelta(nn.Module):
         if self.training and self.dropout > 0:
             x, kept = self.kind.dropped(x, self.dropout)
             factor = factor * kept
-        B = self.B if self.where is None else spread(self.B, self.where, self.out_features)
-        return self.kind.add(layer, x, y, self.A, B, factor)
+        return self.kind.add(layer, x, y, *self.factors(), factor)
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """Return A and B as they act, with gradients, before anything is subtracted: the place where methods differ."""
+        return self.A, self.B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the pair whose product the branch adds, with gradients, in the shapes of its kind.
+
+        With a start it is the pair of twice the rank, [A; A0] and [B, -B0], whose product is B A - B0 A0.
+        """
+        A, B = self.trained()
+        if self.where is not None:
+            B = spread(B, self.where, self.out_features)
+        if self.A0 is not None and self.B0 is not None:
+            A, B = torch.cat([A, self.A0]), torch.cat([B, -self.B0], dim=1)
+        return A, B
+
+    def matrix_pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the factors as matrices, [rank, in] and [out, rank], s folded into B.
+
+        Args:
+            dtype: of the result, unless the factors are wider.
+        """
+        A, B = self.factors()
+        wide = torch.promote_types(A.dtype, dtype)
+        A, B = matrices(A.to(wide), B.to(wide))
+        return A, B * self.scale
 
     def changed_weight(self, weight: Tensor, factor: float) -> Tensor:
         """Return weight + factor · s · B A, in fp32 or wider and with gradients; for weights that others read.
@@ -86,9 +133,8 @@ class LoraDelta(nn.Module):
         Args:
             weight: [out, in] as `kind` stores it.
         """
-        A, B = matrices(self.A, self.B, self.where, self.out_features)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=factor * self.scale)
+        A, B = self.matrix_pair(torch.promote_types(weight.dtype, torch.float32))
+        return torch.addmm(weight.to(A.dtype), B, A, alpha=factor)
 
     def changed(self, layer: nn.Module) -> tuple[str, ...]:
         """Return the names of the layer's tensors that a merge writes."""
@@ -106,9 +152,8 @@ class LoraDelta(nn.Module):
                 "reaches across the groups: no weight of that layer can hold its change. Use it unmerged; pairs "
                 "trained here (one for each group) can be merged."
             )
-        wide = torch.promote_types(self.A.dtype, torch.float32)
-        A, B = self.A.detach().to(wide), self.B.detach().to(wide) * self.scale
-        return LowRank(*matrices(A, B, self.where, self.out_features))
+        A, B = self.matrix_pair(torch.float32)
+        return LowRank(A.detach(), B.detach())
 
     def extra_repr(self) -> str:
         """Show rank, scale and dropout in the model's printout."""

@@ -49,6 +49,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """Steps that had been taken when a checkpoint was written, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def write(
     folder: Path,
     progress: Progress,
@@ -139,6 +144,11 @@ def load_adapter(folder: Path, step: int) -> Adapter | None:
         return None
     _read_whole(path)
     return Adapter.load(path / ADAPTER)
+
+
+def load_tensors(folder: Path, step: int) -> dict[str, Tensor]:
+    """The tensors beside the adapter in the checkpoint after `step` steps, which `load_adapter` has checked."""
+    return read_tensors(folder / name_of(step) / OPTIMIZER)
 
 
 def _read_whole(path: Path) -> dict[str, Any]:

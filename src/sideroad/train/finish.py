@@ -78,7 +78,11 @@ def _choose_weights(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loo
     adapter = checkpoint.load_adapter(place.checkpoints, best)
     if adapter is None:
         raise CheckpointError(f"train.keep: best wants step {best}, whose checkpoint is gone from {place.checkpoints}")
-    setup.attached.load(NAME, adapter)
+    if loop.stepper.budget is None:
+        setup.attached.load(NAME, adapter)
+    else:
+        # its file holds the pairs that are left, not the triplets that are attached
+        loop.stepper.load_state(checkpoint.load_tensors(place.checkpoints, best))
 
 
 def _result(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop) -> Result:

@@ -15,7 +15,7 @@ from sideroad.adapter import Adapter
 from sideroad.data.batches import Batch
 from sideroad.data.encode import Encoded
 from sideroad.interrupts import uninterrupted
-from sideroad.train import checkpoint, optimizer
+from sideroad.train import checkpoint
 from sideroad.train.environment import peak_bytes
 from sideroad.train.events import Checkpointed, Event, StepDone, StoppedEarly, Validated
 from sideroad.train.execution import Execution
@@ -75,7 +75,7 @@ class Loop:
         self.progress = progress
         self._run = run
         self._on = material
-        self._stepper = stepper
+        self.stepper = stepper
         self._watchdog = watchdog
         self._config = config
         self._steps = steps
@@ -104,7 +104,7 @@ class Loop:
         if self._saved == self.progress:
             return folder / checkpoint.name_of(self.progress.step)
         self._run.sync_metrics()
-        tensors = optimizer.state_tensors(self._stepper.optimizer, self._on.parameters)
+        tensors = self.stepper.state_tensors()
         path = checkpoint.write(folder, self.progress, self._on.snapshot(), tensors, self._on.fingerprint)
         self._saved = self.progress
         self._watchdog.last_good = path
@@ -140,9 +140,9 @@ class Loop:
         examples = [[self._on.examples[index] for index in indices] for indices in chosen]
         batches = [self._on.execution.lay_out(each) for each in examples]
         sources = [[example.source for example in each] for each in examples]
-        prepared = self._stepper.prepare(self.progress, batches, sources)
+        prepared = self.stepper.prepare(self.progress, batches, sources)
         with uninterrupted():
-            self._stepper.apply(prepared)
+            self.stepper.apply(prepared)
             done = self._done(prepared, batches, time.perf_counter() - started)
             self.progress = replace(
                 prepared.progress,

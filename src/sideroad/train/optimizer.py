@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,19 +15,27 @@ from sideroad.train.settings import OptimConfig
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def build(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> AdamW:
+def build(
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig, looked_up: Collection[str] = ()
+) -> AdamW:
     """AdamW with up to three groups, each with its peak rate under `peak`:
 
-        A and the like   lr                  weight decay
-        B                lr * lr_ratio_b     weight decay        LoRA+, Hayou et al. 2024, arXiv:2402.12354, eq. 6
-        bias             lr                  none
+        A and the like     lr                  weight decay
+        B                  lr * lr_ratio_b     weight decay        LoRA+, Hayou et al. 2024, arXiv:2402.12354, eq. 6
+        bias, magnitude    lr                  none
+
+    On an embedding A is the factor that starts at zero and meets no product of inputs, so there A is the fast one.
 
     Args:
         parameters: trainable ones; the last part of the dotted name (`A`, `B`, `bias`) chooses the group.
+        looked_up: paths of embeddings.
     """
     members: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "bias": []}
     for name, parameter in parameters.items():
-        kind = name.rpartition(".")[2]
+        path, _, kind = name.rpartition(".")
+        if kind in ("A", "B") and path in looked_up:
+            kind = "B" if kind == "A" else "A"
+        kind = "bias" if kind == "magnitude" else kind
         members[kind if kind in members else "A"].append(parameter)
     rates = {"A": config.lr, "B": config.lr * config.lr_ratio_b, "bias": config.lr}
     groups = [

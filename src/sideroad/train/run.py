@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
+from sideroad.adapter import Adapter
+from sideroad.config import FROM_DATA, init_name
 from sideroad.errors import CheckpointError
 from sideroad.kernels.isolation import packing
-from sideroad.train import checkpoint, optimizer
+from sideroad.methods.budget import budget_for
+from sideroad.train import checkpoint
 from sideroad.train.environment import differences
 from sideroad.train.events import Event, Finished, Note, Planned, Result
 from sideroad.train.fingerprint import differing, recipe_values
@@ -67,7 +70,8 @@ def train(
         checkpoint.clean(place.checkpoints)
         begun = resume and bool(checkpoint.listed(place.checkpoints))
         recorded = place.read_json(place.environment) if begun else None
-        setup = prepare(recipe, recorded, offline=offline, emit=emit, folder=place.path)
+        adapter = _begun(place, recipe) if begun else None
+        setup = prepare(recipe, recorded, offline=offline, emit=emit, folder=place.path, begun=adapter)
         if setup.material.execution.store is not None:
             stack.callback(setup.material.execution.store.close)
         stack.enter_context(packing(setup.base.model, setup.route))  # scoring at the end packs too
@@ -106,6 +110,13 @@ def _finished(place: RunDirectory, recipe: Recipe) -> Result | None:
     return result
 
 
+def _begun(place: RunDirectory, recipe: Recipe) -> Adapter | None:
+    """The adapter of the run being resumed, where it was started from data: those need not be looked at again."""
+    if init_name(recipe.adapter.method.init) not in FROM_DATA:
+        return None
+    return checkpoint.load_adapter(place.checkpoints, checkpoint.step_of(checkpoint.listed(place.checkpoints)[-1]))
+
+
 def _record_start(
     place: RunDirectory, recipe: Recipe, setup: Setup, recorded: dict[str, object] | None, emit: Emit
 ) -> None:
@@ -125,7 +136,14 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
     seed = derive(recipe.seed, "dropout")
     execution = setup.material.execution
     stepper = Stepper(
-        model, parameters, recipe.optim, watchdog, loss_of=execution.loss_of, steps=len(plan), seed=seed
+        model,
+        parameters,
+        recipe.optim,
+        watchdog,
+        loss_of=execution.loss_of,
+        steps=len(plan),
+        seed=seed,
+        budget=budget_for(setup.attached.deltas(NAME), recipe.adapter.method, len(plan)),
     )
     restored = _restore(place, setup, stepper, watchdog, emit) if begun else None
     fresh = Progress(loss_scale=LARGEST_SCALE if setup.base.dtype == torch.float16 else 1.0)
@@ -168,8 +186,9 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
 def _restore(place: RunDirectory, setup: Setup, stepper: Stepper, watchdog: Watchdog, emit: Emit) -> Progress:
     """Put the newest checkpoint into the model and the optimizer."""
     found = checkpoint.read(checkpoint.listed(place.checkpoints)[-1], setup.material.fingerprint)
-    setup.attached.load(NAME, found.adapter)
-    optimizer.load_state(stepper.optimizer, setup.attached.parameters(NAME), found.optimizer)
+    if stepper.budget is None:
+        setup.attached.load(NAME, found.adapter)
+    stepper.load_state(found.optimizer)
     watchdog.last_good = found.path
     best = found.progress.best_step
     if best is not None and not (place.checkpoints / checkpoint.name_of(best)).is_dir():

@@ -26,6 +26,7 @@ from sideroad.train.environment import describe
 from sideroad.train.events import Event, Note
 from sideroad.train.execution import Execution
 from sideroad.train.fingerprint import fingerprint
+from sideroad.train.init_batches import init_batches
 from sideroad.train.loop import Material
 from sideroad.train.order import Order
 from sideroad.train.recipe import Recipe
@@ -61,17 +62,24 @@ class Setup:
 
 
 def prepare(
-    recipe: Recipe, recorded: Mapping[str, Any] | None, *, offline: bool, emit: Emit, folder: Path | None = None
+    recipe: Recipe,
+    recorded: Mapping[str, Any] | None,
+    *,
+    offline: bool,
+    emit: Emit,
+    folder: Path | None = None,
+    begun: Adapter | None = None,
 ) -> Setup:
     """Load the base and the data, check both, attach a fresh adapter, and decide about packing.
 
     Args:
         recorded: env.json of the run being resumed, whose probed dtype is used again; None for a new run.
         folder: for a large temporary file, if one is needed; the current directory by default.
+        begun: the adapter of the run being resumed, attached as it is instead of a fresh one.
     """
     base = _load_base(recipe, recorded, offline=offline, emit=emit)
     data = _load_data(recipe, base, offline=offline, emit=emit)
-    attached = attach(base.model, recipe.adapter, NAME, seed=derive(recipe.seed, "init"), trainable=True)
+    attached = _attach(recipe, base, data, begun)
     if recipe.train.gradient_checkpointing:
         _enable_checkpointing(base)
     route = _choose_route(recipe, base, recorded, emit)
@@ -151,6 +159,22 @@ def _load_data(recipe: Recipe, base: Base, *, offline: bool, emit: Emit) -> Load
     for finding in data.findings:
         emit(Note(str(finding)))
     return data
+
+
+def _attach(recipe: Recipe, base: Base, data: Loaded, begun: Adapter | None) -> Attached:
+    """Put the adapter on the base: a fresh one, from data where its start asks for them, or the one of a begun run."""
+    if begun is not None:
+        return attach(base.model, begun, NAME, trainable=True)
+    batches = init_batches(
+        recipe.adapter.method.init,
+        data.train.examples,
+        size=recipe.optim.batch_size or 1,
+        pad_id=base.tokenizer.pad_token_id or 0,
+        seed=derive(recipe.seed, "init data"),
+        device=base.device,
+    )
+    seed = derive(recipe.seed, "init")
+    return attach(base.model, recipe.adapter, NAME, seed=seed, trainable=True, batches=batches)
 
 
 def _validation_plan(recipe: Recipe, data: Loaded, *, packed: bool, shared: bool) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ from torch.optim import AdamW
 
 from sideroad.data.batches import Batch
 from sideroad.errors import TrainingError
+from sideroad.methods.budget import Budget
 from sideroad.train import optimizer as adamw
 from sideroad.train.progress import Progress
 from sideroad.train.schedule import factor
@@ -43,6 +44,7 @@ class Stepper:
     Args:
         parameters: trainable ones, by name.
         loss_of: gives the summed loss of a micro-batch, see `Execution.loss_of`.
+        budget: of an AdaLoRA adapter; None for the others.
         steps: length of the run, for the schedule.
         seed: of dropout, from which every micro-batch derives its own.
     """
@@ -57,8 +59,13 @@ class Stepper:
         loss_of: Callable[[Batch], Tensor],
         steps: int,
         seed: int,
+        budget: Budget | None = None,
     ) -> None:
-        self.optimizer: AdamW = adamw.build(parameters, config)
+        paths = {name.rpartition(".")[0] for name in parameters}
+        looked_up = {path for path, one in model.named_modules() if path in paths and isinstance(one, nn.Embedding)}
+        self.optimizer: AdamW = adamw.build(parameters, config, looked_up)
+        self.budget = budget
+        self._named = dict(parameters)
         self._model = model
         self._parameters = list(parameters.values())
         self._config = config
@@ -98,7 +105,27 @@ class Stepper:
         if limit is not None and prepared.grad_norm > limit:
             torch._foreach_mul_(self._present_gradients(), limit / prepared.grad_norm)
         adamw.set_rate(self.optimizer, factor(self._config, prepared.progress.step, self._steps))
+        if self.budget is not None:
+            self.budget.observe()
         self.optimizer.step()
+        if self.budget is not None:
+            self.budget.prune(prepared.progress.step + 1)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the state of the optimizer and of the method, by name; what the adapter's file holds is not in it."""
+        kept = {} if self.budget is None else self.budget.state_tensors()
+        return {**adamw.state_tensors(self.optimizer, self._named), **kept}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state_tensors` gave.
+
+        Raises:
+            CheckpointError: a tensor is missing, left over or of another shape.
+        """
+        own = set() if self.budget is None else set(self.budget.names)
+        adamw.load_state(self.optimizer, self._named, {name: one for name, one in tensors.items() if name not in own})
+        if self.budget is not None:
+            self.budget.load_state(tensors)
 
     def _gradients(self, step: int, batches: Sequence[Batch], total: int, scale: float) -> tuple[list[float], float]:
         """Loss sum of each micro-batch, and the norm of the gradient of the step's mean."""
@@ -114,6 +141,8 @@ class Stepper:
             sums.append(loss.detach())
         if scale != 1:
             torch._foreach_mul_(self._present_gradients(), 1 / scale)
+        if self.budget is not None:
+            self.budget.regularise()
         norm = adamw.gradient_norm(self._parameters)
         *losses, grad_norm = torch.stack([*sums, norm.to(sums[0].dtype)]).tolist()
         counted = iter(losses)

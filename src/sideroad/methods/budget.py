@@ -1,0 +1,159 @@
+"""AdaLoRA's budget: which triplets of all layers together are worth keeping, and how many while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sideroad.config import AdaloraMethod
+from sideroad.errors import CheckpointError
+from sideroad.methods.adalora import AdaloraDelta
+
+_PARTS = ("A", "B", "E")
+
+
+class Budget:
+    """Deals a shrinking number of triplets to layers by importance (AdaLoRA, Zhang et al. 2023, arXiv:2303.10512).
+
+    In every step, between the gradients and the optimizer: `regularise` adds the gradient of the orthogonality term,
+    `observe` takes the sensitivities; after the optimizer `prune` sets E of the triplets beyond the budget to zero.
+    Until the final phase a triplet that was pruned may come back; then the choice is made once for good.
+
+    Sensitivity is |w · gradient| of the weights that the gradient belongs to, as in the paper's algorithm 1; PEFT and
+    the authors' code take the weights after the optimizer's step instead. The orthogonality term is the paper's,
+    squared and summed (eq. 4); both codes average norms without the square, whose gradient does not vanish where P
+    and Q are orthogonal.
+
+    Args:
+        deltas: by path, each with a gradient when a step is observed.
+        steps: of the whole run.
+    """
+
+    def __init__(self, deltas: Mapping[str, AdaloraDelta], method: AdaloraMethod, steps: int) -> None:
+        self.method, self.steps = method, steps
+        self._deltas = dict(deltas)
+        self._start = sum(len(delta.E) for delta in deltas.values())
+        self._target = round(self._start * method.target_rank / method.rank)
+        self._warmup, self._final = round(method.warmup * steps), round(method.final * steps)
+        self._smoothed = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in self._named().items()}
+        self._uncertain = {name: torch.zeros_like(one) for name, one in self._smoothed.items()}
+        self._kept: dict[str, Tensor] | None = None
+
+    def size(self, step: int) -> int:
+        """Return how many triplets there may be after a step, counted from 1: the paper's cubic schedule (sec. 3.3)."""
+        if step <= self._warmup:
+            return self._start
+        if step >= self.steps - self._final:
+            return self._target
+        passed = (step - self._warmup) / (self.steps - self._warmup - self._final)
+        return self._target + int((self._start - self._target) * (1 - passed) ** 3)
+
+    @torch.no_grad()
+    def regularise(self) -> None:
+        """Add the gradient of γ Σ ‖PᵀP - I‖² + ‖QQᵀ - I‖² over all layers to those of P and Q."""
+        gamma = self.method.orthogonality
+        if not gamma:
+            return
+        for delta in self._deltas.values():
+            Q, P = delta.A.flatten(1), delta.B.flatten(1).t()
+            for rows, parameter, columns in ((Q, delta.A, False), (P, delta.B, True)):
+                if parameter.grad is None:
+                    continue
+                wide = rows.float()
+                off = wide @ wide.t()
+                off.diagonal().sub_(1)
+                change = (off @ wide).mul_(4 * gamma)
+                change = change.t() if columns else change
+                parameter.grad.add_(change.reshape(parameter.shape).to(parameter.dtype))
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Smooth the sensitivity of every value and its uncertainty (eq. 9 and 10), from the present gradients."""
+        beta1, beta2 = self.method.beta1, self.method.beta2
+        for name, parameter in self._named().items():
+            if parameter.grad is None:
+                continue
+            found = (parameter.float() * parameter.grad.float()).abs()
+            smoothed = self._smoothed[name].lerp_(found, 1 - beta1)
+            self._uncertain[name].lerp_((found - smoothed).abs(), 1 - beta2)
+
+    @torch.no_grad()
+    def prune(self, step: int) -> None:
+        """Set E of the triplets beyond the budget to zero, where this step, counted from 1, is one of pruning."""
+        if step >= self.steps - self._final and step > self._warmup:
+            if self._kept is None:
+                self._kept = self._choose(self._target)
+            self._mask(self._kept)
+        elif step > self._warmup and step % self.method.every == 0:
+            self._mask(self._choose(self.size(step)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors that `state_tensors` gives, the final choice included, made or not."""
+        every = [f"{name}/{what}" for name in self._smoothed for what in ("value", "sensitivity", "uncertainty")]
+        return (*every, *(f"{path}.E/kept" for path in self._deltas))
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return everything that a resumed run needs: values, statistics and the final choice, by name."""
+        found = {f"{name}/value": one.detach().clone() for name, one in self._named().items()}
+        found |= {f"{name}/sensitivity": one.clone() for name, one in self._smoothed.items()}
+        found |= {f"{name}/uncertainty": one.clone() for name, one in self._uncertain.items()}
+        if self._kept is not None:
+            found |= {f"{path}.E/kept": one.clone() for path, one in self._kept.items()}
+        return found
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state_tensors` gave.
+
+        Raises:
+            CheckpointError: tensors are missing.
+        """
+        missing = [name for name in self.names if name not in tensors and not name.endswith("/kept")]
+        if missing:
+            shown = ", ".join(missing[:4])
+            raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors of AdaLoRA's state, such as {shown}.")
+        for name, parameter in self._named().items():
+            parameter.copy_(tensors[f"{name}/value"])
+            self._smoothed[name].copy_(tensors[f"{name}/sensitivity"])
+            self._uncertain[name].copy_(tensors[f"{name}/uncertainty"])
+        kept = {path: tensors[f"{path}.E/kept"] for path in self._deltas if f"{path}.E/kept" in tensors}
+        self._kept = {path: one.to(self._deltas[path].E.device) for path, one in kept.items()} or None
+
+    def importance(self) -> dict[str, Tensor]:
+        """Return the score of every triplet, [rank] a layer: its E's, plus the means of its P's and Q's (eq. 7)."""
+
+        def score(path: str, part: str) -> Tensor:
+            both = self._smoothed[f"{path}.{part}"] * self._uncertain[f"{path}.{part}"]
+            return both.flatten(1).mean(0 if part == "B" else 1)
+
+        return {path: sum((score(path, part) for part in _PARTS), torch.zeros(())) for path in self._deltas}
+
+    def _choose(self, count: int) -> dict[str, Tensor]:
+        """Return which triplets are among the `count` most important; equal ones go to the earlier layer."""
+        scores = self.importance()
+        flat = torch.cat([one.cpu() for one in scores.values()])
+        chosen = torch.zeros(len(flat), dtype=torch.bool)
+        chosen[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
+        parts = torch.split(chosen, [len(one) for one in scores.values()])
+        return {path: part.to(self._deltas[path].E.device) for path, part in zip(scores, parts, strict=True)}
+
+    def _mask(self, kept: Mapping[str, Tensor]) -> None:
+        for path, delta in self._deltas.items():
+            delta.E.masked_fill_(~kept[path][:, None], 0.0)
+
+    def _named(self) -> dict[str, Tensor]:
+        return {f"{path}.{part}": getattr(delta, part) for path, delta in self._deltas.items() for part in _PARTS}
+
+
+def budget_for(deltas: Mapping[str, object], method: object, steps: int) -> Budget | None:
+    """Return the budget of an AdaLoRA adapter; None for every other method.
+
+    Args:
+        deltas: the adapter's, by path; those without triplets (biases, rows) are left out.
+    """
+    if not isinstance(method, AdaloraMethod):
+        return None
+    return Budget({path: one for path, one in deltas.items() if isinstance(one, AdaloraDelta)}, method, steps)

@@ -1,0 +1,68 @@
+"""The LoRA-FA delta: A stays as it starts, B is trained with a corrected gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sideroad.methods.lora import LoraDelta, PairOptions
+
+RIDGE = 1e-8
+"""Added to the diagonal of A Aᵀ, relative to its mean, so that dependent rows of A do no harm."""
+
+
+class LoraFaDelta(LoraDelta):
+    """A pair of which only B is trained (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+
+    A needs no gradient, so the layer's input is not kept for the backward pass, only A x: rank numbers per token. The
+    gradient of B is corrected to g (A Aᵀ)⁻¹ / s², so that a step of gradient descent on B moves W by the projection of
+    W's own gradient onto the rows of A (sec. 3.2 of the paper's later version). The correction is linear and A
+    never changes, so gradients may be accumulated, and any optimizer may follow.
+
+    Args:
+        A: [rank, in]; a buffer, not a parameter.
+        B: [out, rank].
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, **options: Unpack[PairOptions]) -> None:
+        super().__init__(A, B, **options)
+        del self.A
+        self.register_buffer("A", A)
+        self._kept: tuple[int, float, Tensor] | None = None
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """Return A, and B whose gradient will be corrected."""
+        if not (torch.is_grad_enabled() and self.B.requires_grad):
+            return self.A, self.B
+        return self.A, _Corrected.apply(self.B, self._correction())  # type: ignore[no-untyped-call]
+
+    def _correction(self) -> Tensor:
+        """Return (A Aᵀ)⁻¹ / s² in fp64; computed again when A or s has changed."""
+        now = self.A._version, self.scale
+        if self._kept is None or self._kept[:2] != now or self._kept[2].device != self.A.device:
+            rows = self.A.detach().flatten(1).double()
+            gram = rows @ rows.t()
+            ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            self._kept = *now, torch.linalg.inv(gram + ridge) / self.scale**2
+        return self._kept[2]
+
+
+class _Corrected(torch.autograd.Function):
+    """The identity, whose gradient [out, rank, ...] is multiplied by a matrix [rank, rank]."""
+
+    @staticmethod
+    def forward(ctx: Any, B: Tensor, correction: Tensor) -> Tensor:
+        ctx.save_for_backward(correction)
+        return B.view_as(B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (correction,) = ctx.saved_tensors
+        flat = upstream.flatten(1) @ correction.to(upstream.dtype)
+        return flat.view_as(upstream), None
+
+
