@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from method_table import Method, adapt
+from method_table import Method, adapt, config_of
 from method_tasks import ROOT, Answers, Budget, Task
 from method_training import Subject, Turn, fit
 from sacrebleu.metrics import BLEU
@@ -23,7 +23,6 @@ from torch import Tensor
 from sideroad.base.config import BaseConfig
 from sideroad.base.generation import generate
 from sideroad.base.loading import Base, load_base, load_tokenizer
-from sideroad.data.batches import collate
 from sideroad.data.config import NO_SYSTEM, DataConfig
 from sideroad.data.dataset import Loaded, load_data
 from sideroad.data.template import encode_prompt
@@ -31,6 +30,7 @@ from sideroad.kernels.isolation import choose_route, packing
 from sideroad.train.choosing import choose_execution
 from sideroad.train.evaluation import evenly, mean_loss
 from sideroad.train.execution import Execution
+from sideroad.train.init_batches import init_batches
 from sideroad.train.order import Order
 from sideroad.train.seeds import derive
 from sideroad.train.settings import OptimConfig, TrainConfig
@@ -76,11 +76,11 @@ class CausalRuns:
         fit(subject, turns[:3], method, 1e-6, head_rate=1e-6, steps=3, seed=0)
 
     def _subject(self, method: Method, seed: int, base: Base) -> tuple[Subject, Execution]:
-        parameters = adapt(base.model, method, derive(seed, "init"), lambda: self._for_inits(seed))
+        adapted = adapt(base.model, method, derive(seed, "init"), lambda: self._for_inits(method, seed))
         config = TrainConfig(fast=method.trains == "adapter", compile="off")
         execution = choose_execution(base.model, choose_route(base.model), config, pad_id=self._pad)
         vocabulary = base.model.config.vocab_size
-        subject = Subject(base.model, parameters, execution.loss_of, vocabulary, running=execution.running)
+        subject = Subject(base.model, adapted, execution.loss_of, vocabulary, running=execution.running)
         return subject, execution
 
     @property
@@ -98,18 +98,15 @@ class CausalRuns:
             rows = [examples[index] for index in step[0]]
             yield execution.lay_out(rows), [row.source for row in rows]
 
-    def _for_inits(self, seed: int) -> list[dict[str, Tensor]]:
-        steps = self._order(seed, packed=True).steps(TrainConfig(epochs=EPOCHS, max_steps=8))
-        batches = (
-            collate([self._data.train.examples[index] for index in step[0]], packed=False, pad_id=self._pad)
-            for step in steps
-        )
-        return [
-            # the model shifts labels by itself
-            {"input_ids": one.input_ids, "attention_mask": one.attention_mask, "labels": one.targets.roll(1, dims=1)}
-            for one in batches
-            if one.attention_mask is not None
-        ]
+    def _for_inits(self, method: Method, seed: int) -> Sequence[dict[str, Tensor]]:
+        return init_batches(
+            config_of(method).method.init,
+            self._data.train.examples,
+            size=self._budget.batch_size,
+            pad_id=self._pad,
+            seed=derive(seed, "init data"),
+            device=torch.device("cpu"),
+        ) or ()
 
     def _load(self, train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> Loaded:
         with tempfile.TemporaryDirectory() as folder:

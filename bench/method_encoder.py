@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from method_tasks import HEAD_RATE, Budget, Classes, Task
 from method_training import Subject, Turn, fit
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sideroad.base.config import BaseConfig
 from sideroad.base.loading import Base, load_base, load_tokenizer
@@ -55,12 +56,12 @@ class Classifier(nn.Module):
             self.head.weight.normal_(std=0.02, generator=generator)
             self.head.bias.zero_()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits, [rows, classes]."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
+        """Return logits, [rows, classes], and the loss, summed over rows; labels are [rows]."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask[..., None].to(hidden.dtype)
-        logits: Tensor = self.head((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-        return logits
+        logits = self.head((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+        return SequenceClassifierOutput(loss=cross_entropy(logits, labels, reduction="sum"), logits=logits)
 
 
 class EncoderRuns:
@@ -98,18 +99,19 @@ class EncoderRuns:
     def _subject(self, method: Method, seed: int, base: Base) -> Subject:
         base.model.pooler = None
         model = Classifier(base.model, base.model.config.hidden_size, len(self._labels), seed)
-        parameters = adapt(base.model, method, derive(seed, "init"), lambda: self._for_inits(seed))
-        return Subject(
-            model,
-            parameters,
-            lambda rows: cross_entropy(model(rows.input_ids, rows.attention_mask), rows.labels, reduction="sum"),
-            len(self._labels),
-            head={f"head.{name}": one for name, one in model.head.named_parameters()},
-        )
+        # on the whole of it, so that inits see the loss; the head is no target
+        adapted = adapt(model, method, derive(seed, "init"), lambda: self._for_inits(seed), exclude=("head",))
+        head = {f"head.{name}": one for name, one in model.head.requires_grad_(True).named_parameters()}
+        kept = {name: one for name, one in adapted.parameters.items() if name not in head}
+        loss_of = lambda rows: model(rows.input_ids, rows.attention_mask, rows.labels).loss  # noqa: E731
+        return Subject(model, replace(adapted, parameters=kept), loss_of, len(self._labels), head=head)
 
     def _for_inits(self, seed: int) -> list[dict[str, Tensor]]:
         found = (rows for rows, _ in islice(self._turns(seed), 8))
-        return [{"input_ids": rows.input_ids, "attention_mask": rows.attention_mask} for rows in found]
+        return [
+            {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "labels": rows.labels}
+            for rows in found
+        ]
 
     def _turns(self, seed: int) -> Iterator[Turn]:
         lengths = [len(ids) for ids, _ in self._train]
@@ -130,9 +132,9 @@ class EncoderRuns:
         with in_eval_mode(model):
             for chosen in loss_batches([len(ids) for ids, _ in rows], EVALUATED_TOKENS):
                 batch = self._lay_out([rows[index] for index in chosen])
-                logits = model(batch.input_ids, batch.attention_mask)
-                loss += float(cross_entropy(logits, batch.labels, reduction="sum"))
-                right += int((logits.argmax(dim=-1) == batch.labels).sum())
+                found = model(batch.input_ids, batch.attention_mask, batch.labels)
+                loss += float(found.loss)
+                right += int((found.logits.argmax(dim=-1) == batch.labels).sum())
         return {"accuracy": 100 * right / len(rows), "loss": loss / len(rows), "rows": len(rows)}
 
 

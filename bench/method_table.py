@@ -6,7 +6,6 @@ entry that the installed sideroad does not know is skipped with its reason, so t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from sideroad.attaching import Attached, attach
 from sideroad.config import AdapterConfig, validate
 from sideroad.errors import ConfigError
+from sideroad.methods.budget import budget_for
 
 NAME = "default"
 ENCODER, CAUSAL = "encoder", "causal"
@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
     "rslora-r32": Method("rsLoRA, rank 32", _at(-6, -6), adapter=_lora(rank=32, alpha=16, scaling="alpha/sqrt(r)")),
     "lora-gaussian": Method("LoRA, A gaussian", _at(-5, -5), adapter=_lora(init="gaussian")),
     "lora+": Method("LoRA+, ratio 16", _at(-7, -7), adapter=_lora(), optim={"lr_ratio_b": 16.0}),
-    "lora-fa": Method("LoRA-FA", _at(-5, -5), adapter=_lora(train="B")),
+    "lora-fa": Method("LoRA-FA", _at(-5, -5), adapter=_lora(trains="B")),
     "pissa": Method("PiSSA", _at(-6, -6), adapter=_lora(init="pissa")),
     "olora": Method("OLoRA", _at(-6, -6), adapter=_lora(init="olora")),
     "eva": Method("EVA", _at(-5, -5), adapter=_lora(init="eva"), sees_data=True),
@@ -80,8 +80,6 @@ def refusal(name: str) -> str | None:
         config_of(method)
     except ConfigError as error:
         return " ".join(str(error).split())
-    if method.sees_data and "batches" not in inspect.signature(attach).parameters:
-        return "attach takes no batches"
     return None
 
 
@@ -94,12 +92,34 @@ def config_of(method: Method) -> AdapterConfig:
     return validate(AdapterConfig, {"targets": "all-linear", "method": dict(method.adapter)}, "bench/method_table.py")
 
 
-def adapt(model: nn.Module, method: Method, seed: int, batches: Batches) -> dict[str, nn.Parameter]:
-    """Put an entry on a model and return what it trains, by name; a head is the caller's."""
+@dataclass(frozen=True)
+class Adapted:
+    """What an entry has put on a model.
+
+    Attributes:
+        parameters: what it trains, by name; a classifier's head is the caller's.
+        budget: gives AdaLoRA's budget for a run of so many steps; None for the others.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    budget: Callable[[int], Any] | None = None
+
+
+def adapt(
+    model: nn.Module, method: Method, seed: int, batches: Batches, exclude: tuple[str, ...] = ()
+) -> Adapted:
+    """Put an entry on a model.
+
+    Args:
+        batches: called for an init that looks at data.
+        exclude: layers that no adapter gets, as in a recipe.
+    """
     if method.trains == "head":
-        return {}
+        return Adapted({})
     if method.trains == "all":
-        return dict(model.requires_grad_(True).named_parameters())
+        return Adapted(dict(model.requires_grad_(True).named_parameters()))
     arguments: dict[str, Any] = {"batches": batches()} if method.sees_data else {}
-    handle: Attached = attach(model, config_of(method), NAME, seed=seed, **arguments)
-    return {name: one for name, one in handle.parameters(NAME).items() if one.requires_grad}
+    config = config_of(method).model_copy(update={"exclude": exclude})
+    handle: Attached = attach(model, config, NAME, seed=seed, **arguments)
+    trained = {name: one for name, one in handle.parameters(NAME).items() if one.requires_grad}
+    return Adapted(trained, lambda steps: budget_for(handle.deltas(NAME), config.method, steps))

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from method_table import Method
+from method_table import Adapted, Method
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,7 +28,7 @@ class Subject:
     """A model ready to be trained by one method.
 
     Attributes:
-        parameters: what the method trains, by name.
+        adapted: what the method trains.
         head: what is trained beside it in every method, at a rate of its own.
         loss_of: batch → summed loss.
         outcomes: what a prediction tells apart; guessing costs its logarithm.
@@ -36,7 +36,7 @@ class Subject:
     """
 
     model: nn.Module
-    parameters: Mapping[str, nn.Parameter]
+    adapted: Adapted
     loss_of: Callable[[Any], Tensor]
     outcomes: int
     head: Mapping[str, nn.Parameter] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def fit(
     Raises:
         TrainingError: the run diverged, or a parameter gets no gradient.
     """
-    parameters = {**subject.parameters, **subject.head}
+    parameters = {**subject.adapted.parameters, **subject.head}
     watchdog = Watchdog(subject.outcomes, "float32", parameters)
     stepper = Stepper(
         subject.model,
@@ -69,6 +69,7 @@ def fit(
         loss_of=subject.loss_of,
         steps=steps,
         seed=derive(seed, "dropout"),
+        budget=subject.adapted.budget(steps) if subject.adapted.budget else None,
     )
     if subject.head:
         part(stepper.optimizer, list(subject.head.values()), rate if method.trains == "head" else head_rate)
@@ -87,7 +88,7 @@ def fit(
         "tokens": tokens,
         "step_seconds": statistics.median(seconds),
         "train_loss": statistics.mean(losses[-max(1, len(losses) // 10) :]),
-        "trainable": sum(one.numel() for one in subject.parameters.values()),
+        "trainable": sum(one.numel() for one in subject.adapted.parameters.values()),
         "head": sum(one.numel() for one in subject.head.values()),
     }
 
