@@ -121,7 +121,7 @@ TASKS: Mapping[str, Task] = {
         seconds=150,
     ),
     "e2e": Task(
-        "E2E NLG, 800 rows, BLEU on 150 meanings of the test set, SmolLM2-135M",
+        "E2E NLG, a subset, BLEU over all references, SmolLM2-135M",
         SMOLLM,
         CAUSAL,
         Answers(

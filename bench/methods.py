@@ -221,7 +221,7 @@ def main() -> None:
         elif name in options.methods:
             methods.append(name)
     machine = environment.machine(options.threads, f"{MINILM}, {SMOLLM}", "float32", compiled=False)
-    until = began + 60 * options.minutes if options.minutes else float("inf")
+    until = began + 60 * options.minutes if options.minutes is not None else float("inf")
     bench = Bench(options, budgets, methods, Results(options.out.with_suffix(".jsonl")), machine, until)
     print(f"{len(methods)} methods, {len(budgets)} tasks: {_shown(bench.expected_seconds())} of runs", flush=True)
     try:
