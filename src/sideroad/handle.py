@@ -90,9 +90,9 @@ class Attached:
         return self._roster.find(name).paths
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return an adapter's live parameters by `<module path>.A`, `.B`, `.bias`, `.rows` or a module's own names."""
-        found = self.deltas(name).items()
-        return {f"{path}.{part}": one for path, delta in found for part, one in parameters_of(delta).items()}
+        """Return an adapter's live parameters by `<module path>.A`, `.bias`, `.rows` … or a module's own names."""
+        found = ((path, parameters_of(delta)) for path, delta in self.deltas(name).items())
+        return {f"{path}.{part}": one for path, parts in found for part, one in parts.items()}
 
     def deltas(self, name: str) -> dict[str, nn.Module]:
         """Return what an adapter has put on each layer, by path."""
