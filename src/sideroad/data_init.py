@@ -23,7 +23,7 @@ Batch = Mapping[str, Any]
 
 _MOST_BYTES = 1 << 30
 """What the statistics of one pass over the batches may take; more layers take more passes."""
-_EXACT_WIDTH = 1024
+_EXACT_WIDTH = 256
 """Up to this width a decomposition is exact, beyond it randomised."""
 
 
