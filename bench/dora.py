@@ -2,9 +2,9 @@
 
     python bench/dora.py [--rows 2] [--length 256] [--rank 8] [--rounds 5]
 
-SmolLM2-135M, all linear layers, fp32, rows of one length, every token trained, AdamW. Sides: sideroad on its fast path
-and on its plain one, PEFT. PEFT forms B A for every layer and step; sideroad takes the norm from W Aᵀ. Prints medians and
-ratios, and writes one JSON file.
+SmolLM2-135M, all linear layers, fp32, rows of one length, every token trained, AdamW. Sides: sideroad on its fast
+path and on its plain one, PEFT. PEFT forms B A for every layer and step; sideroad takes the norm from W Aᵀ. Prints
+medians and ratios, and writes one JSON file.
 """
 
 from __future__ import annotations
