@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sideroad.attaching import attached
 from sideroad.errors import AdapterError, ConfigError, raise_findings
+from sideroad.folding import fold, unfold
 from sideroad.handle import Attached
 from sideroad.peft.unwrapping import tuner_of
 from sideroad.peft_keys import ROOT, from_tensors, to_tensors
@@ -41,7 +42,8 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors by PEFT's names; they share memory with the model's.
+    """Return an adapter's tensors by PEFT's names; they share memory with the model's, unless a start is subtracted:
+    then they are pairs of twice the rank, as in files.
 
     Args:
         model: a PeftModel, or a model with injected adapters, whose names then have no `base_model.model.`.
@@ -56,7 +58,10 @@ def get_peft_model_state_dict(
     parts = live_parts(handle, adapter_name)
     if state_dict is not None:
         parts = gathered(handle, adapter_name, state_dict, prefix)
-    named = to_tensors(parts.weights, parts.modules, handle.survey().kind_names(parts.weights))
+    weights: Mapping[str, Mapping[str, Tensor]] = parts.weights
+    if any(leaves.keys() & {"A0", "E"} for leaves in weights.values()):
+        weights = fold(handle.adapter(adapter_name).config, weights)[1]
+    named = to_tensors(weights, parts.modules, handle.survey().kind_names(parts.weights))
     return named if prefix else {key.removeprefix(ROOT): tensor for key, tensor in named.items()}
 
 
@@ -84,7 +89,8 @@ def set_peft_model_state_dict(
     broken = [key for key, one in named.items() if one.is_floating_point() and not bool(torch.isfinite(one).all())]
     findings = found.findings + [f"{key} has values that are NaN or infinite" for key in broken]
     raise_findings(AdapterError, "the state dict cannot be loaded", findings)
-    handle.load(adapter_name, replace(value, weights=found.weights, modules=found.modules))
+    weights = unfold(value.config, found.weights) or found.weights
+    handle.load(adapter_name, replace(value, weights=weights, modules=found.modules))
     return LoadResult([], [])
 
 
