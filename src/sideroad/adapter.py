@@ -19,6 +19,7 @@ from sideroad.files import JSON, json_text, parse_object, read_json, replace_dir
 from sideroad.folding import acting_pair, fold, unfold
 from sideroad.lowrank import LowRank
 from sideroad.pairs import blocks, matrices, out_of, slices_of
+from sideroad.peft_adalora import KIND, plain_fields, plain_tensors
 from sideroad.peft_fields import shown
 from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, unfold_slices, write_config
 from sideroad.peft_keys import BASE, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
@@ -128,6 +129,8 @@ class Adapter:
         fields = read_json(directory / CONFIG)
         source = find_weights(directory)
         tensors = read_sharded(source) if source.name.endswith(".json") else read_tensors(source)
+        if fields.get("peft_type") == KIND:
+            fields, tensors = plain_fields(fields), plain_tensors(tensors)
         found = from_tensors(tensors, saved_names(fields))
         fields, found.weights = unfold_slices(fields, found.weights)
         findings = found.findings + weight_findings(found.weights, found.modules, found.kinds)

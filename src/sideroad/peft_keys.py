@@ -39,8 +39,8 @@ _ATTENTION_OUTPUT = re.compile(
 _REFUSED = {
     "lora_B.bias": "a bias inside the pair (lora_bias); not supported yet",
     "lora_A.bias": "a bias inside the pair; not supported",
-    "lora_E": "an AdaLoRA singular value; AdaLoRA is not supported yet",
-    "lora_ranknum": "an AdaLoRA rank count; AdaLoRA is not supported yet",
+    "lora_E": "an AdaLoRA singular value without its pair, or in a file whose peft_type is not ADALORA",
+    "lora_ranknum": "an AdaLoRA rank count, which its files do not hold",
     "base_layer.lora_A": "a pair on a raw parameter (target_parameters); not supported yet",
     "base_layer.lora_B": "a pair on a raw parameter (target_parameters); not supported yet",
     "vera_lambda": "a VeRA vector; VeRA is not supported",

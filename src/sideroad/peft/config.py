@@ -15,6 +15,7 @@ from sideroad.files import json_text, read_json, replace_file
 from sideroad.peft.checks import contradictions
 from sideroad.peft.kinds import PeftType, TaskType
 from sideroad.peft.starts import eva_config, start_findings
+from sideroad.peft_adalora import plain_fields
 from sideroad.peft_fields import can_start, init_of, sift, unsupported
 
 Names = list[str] | set[str] | tuple[str, ...] | str
@@ -205,6 +206,7 @@ class LoraConfig(PeftConfig):
         Raises:
             AdapterError: fields that change the adapter and are not supported, all at once.
         """
+        content = plain_fields(content)
         findings = sift(content, source=source)[1]
         if not can_start(content.get("init_lora_weights", True)):
             findings += init_of(content, {}, source)[1]
