@@ -22,8 +22,8 @@ def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of an adapter_config.json of AdaLoRA as those of the LoRA adapter that it is; others unchanged.
 
     There, s is lora_alpha / (init_r + 1e-5) in every layer, however many ranks are left, and `rank_pattern` says
-    which: here ranks and alphas are of those that are left. Layers without any are excluded. Values that are not as PEFT
-    writes them are left for the reader of plain fields to refuse.
+    which: here ranks and alphas are of those that are left. Layers without any are excluded. Values that are not as
+    PEFT writes them are left for the reader of plain fields to refuse.
     """
     rank, alpha, kept = fields.get("init_r", 12), fields.get("lora_alpha", 8), fields.get("rank_pattern")
     sound = type(rank) is int and rank > 0 and type(alpha) in (int, float) and (kept is None or _is_pattern(kept))

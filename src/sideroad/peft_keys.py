@@ -49,10 +49,7 @@ _REFUSED = {
     "ia3_l": "an IA3 vector; IA3 is not supported",
     "prompt_embeddings": "a soft prompt; prompt tuning is not supported",
 }
-_TOKEN_MAGNITUDE = (
-    "a DoRA magnitude of an embedding, which PEFT has for each token, not for each output; DoRA on embeddings is not "
-    "supported"
-)
+_OF_EMBEDDING = "the DoRA magnitude of an embedding; DoRA on embeddings is not supported"
 
 
 @dataclass
@@ -157,7 +154,7 @@ def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> 
             found.kinds[placed.path] = placed.kind
     for path, kind in found.kinds.items():
         if kind == EMBEDDING and found.weights.get(path, {}).pop("magnitude", None) is not None:
-            refused.setdefault(_TOKEN_MAGNITUDE, []).append(module_key(path, "magnitude"))
+            refused.setdefault(_OF_EMBEDDING, []).append(module_key(path, "magnitude"))
     found.findings = [f"{_some(keys)}: {what}" for what, keys in refused.items()]
     found.weights, found.modules = (
         {path: {leaf: state[path][leaf] for leaf in sorted(state[path])} for path in sorted(state, key=path_order)}

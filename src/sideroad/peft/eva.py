@@ -12,7 +12,8 @@ from sideroad.adapter import Adapter
 from sideroad.attaching import attach
 from sideroad.config import EvaInit
 from sideroad.data_init import FoundStart, start_from_data
-from sideroad.errors import AdapterError, ConfigError, MergeError
+from sideroad.errors import AdapterError, ConfigError, MergeError, TargetError, raise_findings
+from sideroad.methods import objection
 from sideroad.peft.config import LoraConfig
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.starts import EvaConfig, eva_config
@@ -58,8 +59,11 @@ def initialize_lora_eva_weights(
     live = handle.adapter(adapter_name)
     init = EvaInit(batches=max(len(batches), 1), rho=options.rho)
     wanted = live.config.model_copy(update={"method": live.config.method.model_copy(update={"init": init})})
+    targets = resolve(handle.survey(), wanted, any_rank=True)
+    layers = handle.survey().modules
+    wrong = [f"{path} {why}." for path in targets if (why := objection(wanted, path, layers[path]))]
+    raise_findings(TargetError, "EVA does not fit these layers", wrong)
     with handle.disabled():
-        targets = resolve(handle.survey(), wanted, any_rank=True)
         found = start_from_data(handle.model, wanted, targets, batches)
     settled = _with_ranks(config, found, everything=len(found.pairs) == len(targets))
     value = replace(
