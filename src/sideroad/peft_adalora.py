@@ -15,6 +15,8 @@ OFFSET = 1e-5
 """What PEFT adds to the rank at the start when it divides by it."""
 _SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 """Fields that say how ranks were dealt while training."""
+_LARGE = 10**9
+"""No rank and no alpha is this large."""
 _LEAVES = ("lora_A", "lora_B", "lora_E")
 
 
@@ -26,8 +28,8 @@ def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     PEFT writes them are left for the reader of plain fields to refuse.
     """
     rank, alpha, kept = fields.get("init_r", 12), fields.get("lora_alpha", 8), fields.get("rank_pattern")
-    sound = type(rank) is int and rank > 0 and type(alpha) in (int, float) and (kept is None or _is_pattern(kept))
-    if fields.get("peft_type") != KIND or not sound:
+    numbers = type(rank) is int and 0 < rank < _LARGE and type(alpha) in (int, float) and abs(alpha) < _LARGE
+    if fields.get("peft_type") != KIND or not numbers or not (kept is None or _is_pattern(kept)):
         return dict(fields)
     s = (alpha if alpha > 0 else rank) / (rank + OFFSET)
     counts = {key.removesuffix(".lora_E"): sum(flags) for key, flags in (kept or {}).items()}
@@ -64,9 +66,9 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _excluded(said: Any, gone: list[str]) -> Any:
-    if not gone:
+    if not gone or not isinstance(said, str | list | None):
         return said
-    if isinstance(said, str):
+    if isinstance(said, str) and said:
         return "|".join([f"(?:{said})", *map(re.escape, gone)])
     return [*(said or []), *gone]
 
