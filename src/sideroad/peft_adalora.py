@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from sideroad.peft_keys import ROOT
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KIND = "ADALORA"
 OFFSET = 1e-5
@@ -54,7 +53,7 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for key, tensor in tensors.items():
         path, _, leaf = key.rpartition(".")
-        if not key.startswith(ROOT) or leaf not in _LEAVES or any(f"{path}.{one}" not in tensors for one in _LEAVES):
+        if leaf not in _LEAVES or any(f"{path}.{one}" not in tensors for one in _LEAVES):
             found[key] = tensor
             continue
         values = tensors[f"{path}.lora_E"]
