@@ -164,11 +164,16 @@ def m42_starts_from_the_weight(folder: Path) -> None:
         handle = attach(tiny_llama(), own(method=LoraMethod(rank=4, alpha=8, init=our_word)))
         path = "model.layers.1.self_attn.v_proj"
         layer = theirs.get_submodule(f"base_model.model.{path}")
+        base = tiny_llama().get_submodule(path).weight
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         for delta in (ours.base_model.handle.deltas("default")[path], handle.deltas("default")[path]):
-            # PEFT's randomised SVD takes just the directions that it keeps, so the last ones are rough
-            assert relative(delta.B @ delta.A, product) <= (0.2 if word == "pissa_niter_16" else 1e-4)
-        base = tiny_llama().get_submodule(path).weight
+            if word == "pissa_niter_16":
+                # PEFT's randomised SVD takes no direction more than it keeps, so its last ones are rough
+                left, theirs_left = (float((base - 2 * one).norm()) for one in (delta.B @ delta.A, product))
+                assert left <= theirs_left * (1 + 1e-6)
+                assert theirs_left <= 1.02 * left
+            else:
+                torch.testing.assert_close(delta.B @ delta.A, product, rtol=1e-3, atol=1e-5)
         assert torch.equal(ours.get_base_model().get_submodule(path).weight, base)
         assert relative(layer.base_layer.weight, base) > 1e-2
         fill(ours)
