@@ -269,6 +269,23 @@ def test_45_a_start_from_the_weight_goes_into_files_and_on(init: str, dora: bool
     assert relative(logits(merged), logits(again)) <= 1e-5
 
 
+def test_15_and_43_a_started_adapter_is_saved_from_a_state_dict_and_loaded_in_place(tmp_path: Path) -> None:
+    model = door.get_peft_model(tiny_llama(), config(init_lora_weights="pissa", use_dora=True))
+    a_step(model)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "a", state_dict={name: one.clone() for name, one in model.state_dict().items()})
+    pointers = {name: one.data_ptr() for name, one in model.state_dict().items()}
+    a_step(model)
+    assert not torch.equal(logits(model), before)
+    model.load_adapter(tmp_path / "a", "default", is_trainable=True)
+    assert torch.equal(logits(model), before)
+    assert {name: one.data_ptr() for name, one in model.state_dict().items()} == pointers
+    with pytest.raises(AdapterError, match=r"A0 is missing"):
+        state = door.get_peft_model_state_dict(wrapped(use_dora=True))
+        door.set_peft_model_state_dict(model, state)
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_45_a_start_from_the_weight_is_pefts_and_learns_as_pefts(init: str) -> None:
     ours = door.get_peft_model(tiny_llama(), config(init_lora_weights=init))
