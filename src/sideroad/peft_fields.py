@@ -47,7 +47,7 @@ REFUSED: Mapping[str, str] = {
 """Fields that change the mathematics when set → what they are."""
 
 TYPES_REFUSED: Mapping[str, str] = {
-    "ADALORA": "pairs with singular values; files are read, if init_r, lora_alpha, rank_pattern are as PEFT writes them",
+    "ADALORA": "pairs with singular values; files are read if init_r, lora_alpha, rank_pattern are as in PEFT",
     "LOHA": "Hadamard products", "LOKR": "Kronecker products",
     "IA3": "rescaled activations", "PREFIX_TUNING": "a trained prefix", "PROMPT_TUNING": "a soft prompt",
     "P_TUNING": "a soft prompt", "VERA": "shared random factors", "OFT": "orthogonal rotations",
