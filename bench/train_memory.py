@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import resource
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 from cells import batches, padded_tokens, real_tokens
+from resident import peak_bytes, restart_peak
 from sides import SIDES, arrange, load, maker
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -31,12 +31,12 @@ def measure_memory(side: str, cell: str, options: argparse.Namespace) -> int:
     # weights are mapped from their file and come into memory when first read: until then they would count as the side's
     for parameter in base.model.parameters():
         parameter.sum()
-    before = _restart_peak()
+    before = restart_peak()
     with ExitStack() as stack:
         step, _ = maker(side, options.compile == "on")(base, largest, stack)
         for turn in range(len(largest)):
             step(turn)
-    return max(0, _peak_bytes() - before)
+    return max(0, peak_bytes() - before)
 
 
 def memory_of(side: str, cell: str, options: argparse.Namespace) -> int:
@@ -48,23 +48,3 @@ def memory_of(side: str, cell: str, options: argparse.Namespace) -> int:
     if done.returncode:
         sys.exit(f"measuring the memory of {side} on {cell} failed:\n{done.stderr.strip()}")
     return int(done.stdout.strip().splitlines()[-1])
-
-
-def _restart_peak() -> int:
-    """Set the process's peak back to what it holds now, where the system can, and return that in bytes."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak_bytes()
-    return _status_bytes("VmRSS")
-
-
-def _peak_bytes() -> int:
-    if Path("/proc/self/status").exists():
-        return _status_bytes("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

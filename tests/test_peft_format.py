@@ -186,8 +186,7 @@ def test_overlapping_patterns_keep_their_meaning_when_a_reader_sorts_them() -> N
 
 
 REFUSED = {
-    "lora_bias": True,
-    "target_parameters": ["experts.w"], "layer_replication": [[0, 2]], "alora_invocation_tokens": [],
+    "lora_bias": True, "layer_replication": [[0, 2]], "alora_invocation_tokens": [],
     "use_qalora": True, "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 1}, "velora_config": {"scale": 1},
     "kasa_config": {"beta": 1}, "monteclora_config": {"num_samples": 1}, "enable_lora": [True, False, True],
 }  # fmt: skip

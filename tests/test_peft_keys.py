@@ -87,7 +87,6 @@ def test_strays_of_the_parts_of_a_whole_module_are_passed_over() -> None:
         ("base_model.model.q.x.lora_A.default.weight", 'the adapter\'s name "default" was left'),
         ("base_model.model.q.x.lora_B.my.name.weight", r'k.replace(".my.name", "")'),
         ("base_model.model.q.x.lora_B.bias", "lora_bias"),
-        ("base_model.model.e.base_layer.lora_A.weight", "target_parameters"),
         ("base_model.model.q.x.lora_E", "AdaLoRA"),
         ("base_model.model.q.x.lora_a.weight", 'Did you mean "lora_'),
     ],

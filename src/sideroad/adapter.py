@@ -17,16 +17,28 @@ from sideroad.config import AdapterConfig, validate
 from sideroad.errors import AdapterError, ConfigError, did_you_mean, raise_findings
 from sideroad.files import JSON, json_text, parse_object, read_json, replace_directory, write_bytes
 from sideroad.folding import acting_pair, fold, unfold
+from sideroad.kinds.experts import per_expert
 from sideroad.lowrank import LowRank
 from sideroad.pairs import blocks, matrices, out_of, slices_of
 from sideroad.peft_adalora import KIND, plain_fields, plain_tensors
+from sideroad.peft_experts import fold_experts, unfold_experts
 from sideroad.peft_fields import shown
-from sideroad.peft_format import Reading, file_rank, file_ranks, read_config, saved_names, unfold_slices, write_config
-from sideroad.peft_keys import BASE, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
+from sideroad.peft_format import (
+    Reading,
+    file_rank,
+    file_ranks,
+    read_config,
+    said_rank,
+    saved_names,
+    unfold_slices,
+    write_config,
+)
+from sideroad.peft_keys import BASE, EXPERTS, PEFT_CONVOLUTION, Sorted, from_tensors, to_tensors
 from sideroad.peft_parts import attention_findings
+from sideroad.peft_targets import names_in
 from sideroad.scaling import scale
 from sideroad.targets import alpha_of, rank_of
-from sideroad.tensor_checks import weight_findings
+from sideroad.tensor_checks import bias_findings, weight_findings
 from sideroad.tensor_files import read_sharded, read_tensors, same_bits, shorten, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -51,13 +63,14 @@ class Adapter:
 
     Args:
         weights: module path → `A` [rank, in] and `B` [out, rank] (other kinds of layers: `sideroad.kinds`; slices:
-            compact, `sideroad.pairs`), what a method has beside them (`magnitude` [out], `E` [rank, 1], a start `A0`,
-            `B0` to be subtracted), and `bias` [out] where one was trained; a module whose bias alone was trained has
-            only `bias`; `rows` [ids, dim] of trained tokens. Ranks come from these tensors, whatever `config` says.
+            compact, `sideroad.pairs`; fused experts have a path for each stacked weight), what a method has beside
+            them (`magnitude` [out], `E` [rank, 1], a start `A0`, `B0` to be subtracted), and `bias` [out] where one was
+            trained; a module whose bias alone was trained has only `bias`; `rows` [ids, dim] of trained tokens. Ranks
+            come from these tensors, whatever `config` says.
         base: the model it was made for.
         modules: path of a module trained whole → its state.
-        kinds: path → `embedding`, `attention-output` or `peft-convolution`, for pairs that files name, or PEFT
-            computes, in another way.
+        kinds: path → `embedding`, `attention-output`, `experts` or `peft-convolution`, for pairs that files name or
+            hold, or PEFT computes, in another way.
         foreign: harmless fields of others in adapter_config.json; they are written back as they are.
         manifest: our own extras, kept in sideroad.json beside PEFT's files; any JSON but the names in `RESERVED`.
     """
@@ -100,15 +113,23 @@ class Adapter:
         Raises:
             AdapterError: the adapter has no pair for this module, or it has a magnitude, whose effect needs the weight.
         """
-        pair = self._pair(path)
-        if "magnitude" in pair:
-            raise AdapterError(
-                f"{path} has a DoRA magnitude: what it adds depends on the base's weight; attach it, and merge instead."
-            )
-        A, B = (one if one.dtype == torch.float64 else one.float() for one in acting_pair(pair))
+        A, B = self._acting(path)
         parts = slices_of(self.config, path)
         where = None if parts is None else blocks(parts, out_of(parts, B.shape[0]))
         return LowRank(*matrices(A, B * self.scale(path), where, 0 if parts is None else out_of(parts, B.shape[0])))
+
+    def lower_by_expert(self, path: str) -> tuple[LowRank, ...]:
+        """Return what `lower` does in parts: one for each expert of a stacked weight, one alone for any other layer.
+
+        The parts, [out, in] each, lie one above another; one pair for all of them would be mostly zeros.
+
+        Raises:
+            AdapterError: the adapter has no pair for this module.
+        """
+        if self.kinds.get(path) != EXPERTS:
+            return (self.lower(path),)
+        A, B = self._acting(path)
+        return tuple(map(LowRank, *per_expert(A, B * self.scale(path), A.shape[0] // B.shape[1])))
 
     def same_weights(self, other: Adapter) -> bool:
         """Say whether both hold the same tensors, bit for bit."""
@@ -133,14 +154,15 @@ class Adapter:
             fields, tensors = plain_fields(fields), plain_tensors(tensors)
         found = from_tensors(tensors, saved_names(fields))
         fields, found.weights = unfold_slices(fields, found.weights)
-        findings = found.findings + weight_findings(found.weights, found.modules, found.kinds)
+        findings = found.findings + unfold_experts(found, names_in(fields), lambda path: said_rank(fields, path))
+        findings += weight_findings(found.weights, found.modules, found.kinds)
         ranks = {} if findings else file_ranks(fields, found.weights, found.kinds)
         reading = read_config(
             fields, ranks, found, stored_float32=_stored_float32(found.weights), allow_unknown=allow_unknown,
             source=CONFIG,
         )  # fmt: skip
         if not reading.findings:
-            findings += _bias_findings(reading.config, found.weights)
+            findings += bias_findings(reading.config, found.weights)
         raise_findings(AdapterError, f"{directory} cannot be used", shorten([*reading.findings, *findings]))
         manifest = read_json(directory / MANIFEST) if os.path.lexists(directory / MANIFEST) else {}
         base, exact = manifest.pop("base", None), manifest.pop("config", None)
@@ -172,7 +194,9 @@ class Adapter:
                 with other things in it, a full disk; what was there before is then untouched.
         """
         plain = self._plain()
-        findings = weight_findings(plain.weights, plain.modules) + _bias_findings(self.config, self.weights)
+        experts = [path for path, kind in self.kinds.items() if kind == EXPERTS]
+        findings = weight_findings(plain.weights, plain.modules, experts=experts)
+        findings += bias_findings(self.config, self.weights)
         alphas = {path: alpha_of(self.config, path) for path in self.paths}
         findings += [] if findings else attention_findings(self.ranks, alphas, self.kinds)
         findings += [
@@ -185,7 +209,8 @@ class Adapter:
         def build(draft: Path) -> None:
             for name, text in files.items():
                 write_bytes(draft / name, text.encode())
-            write_tensors(draft / WEIGHTS, to_tensors(plain.weights, plain.modules, plain.kinds))
+            weights = fold_experts(plain.weights, plain.kinds)
+            write_tensors(draft / WEIGHTS, to_tensors(weights, plain.modules, plain.kinds))
 
         replace_directory(Path(path), build, objection=must_not_replace)
 
@@ -196,10 +221,10 @@ class Adapter:
 
     def _texts(self, card: str | None, exact: AdapterConfig) -> dict[str, str]:
         fields = self._fields()
-        held = Sorted(dict(self.weights), dict(self.modules), dict(self.kinds))  # type: ignore[arg-type]
         again = read_config(
-            fields, self.ranks, held, stored_float32=_stored_float32(self.weights), allow_unknown=tuple(self.foreign)
-        )
+            fields, self.ranks, self._held(), stored_float32=_stored_float32(self.weights),
+            allow_unknown=tuple(self.foreign),
+        )  # fmt: skip
         raise_findings(AdapterError, "the adapter cannot be saved", shorten(list(again.findings)))
         extras: dict[str, Any] = dict(self.manifest)
         if self.base and (self.base.source or self.base.sha256 or self.base.licence):
@@ -222,14 +247,13 @@ class Adapter:
         return files | ({} if card is None else {"README.md": card})
 
     def _fields(self) -> dict[str, Any]:
+        base = self.base.name if self.base else None
         return write_config(
-            self.config,
-            self.ranks,
-            Sorted(dict(self.weights), dict(self.modules), dict(self.kinds)),  # type: ignore[arg-type]
-            task_type=self.task_type,
-            base_name=self.base.name if self.base else None,
-            foreign=self.foreign,
+            self.config, self.ranks, self._held(), task_type=self.task_type, base_name=base, foreign=self.foreign
         )
+
+    def _held(self) -> Sorted:
+        return Sorted(dict(self.weights), dict(self.modules), dict(self.kinds))  # type: ignore[arg-type]
 
     def _with_exact_config(self, stored: Any, fields: Mapping[str, Any], directory: Path) -> Adapter:
         """Take the configuration that sideroad.json holds where it says the same as adapter_config.json."""
@@ -252,25 +276,20 @@ class Adapter:
             )
         return leaves
 
+    def _acting(self, path: str) -> tuple[Tensor, Tensor]:
+        pair = self._pair(path)
+        if "magnitude" in pair:
+            raise AdapterError(
+                f"{path} has a DoRA magnitude: what it adds depends on the base's weight; attach it, and merge instead."
+            )
+        A, B = acting_pair(pair)
+        return A if A.dtype == torch.float64 else A.float(), B if B.dtype == torch.float64 else B.float()
+
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for path, leaves in [*self.weights.items(), *self.modules.items()]:
             for leaf, tensor in leaves.items():
                 if leaf != BASE:
                     yield path, leaf, tensor
-
-
-def _bias_findings(config: AdapterConfig, weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    biased = [path for path, leaves in weights.items() if "bias" in leaves]
-    stray = [
-        path for path in biased if config.bias == "none" or (config.bias == "adapted" and "A" not in weights[path])
-    ]
-    if not stray:
-        return []
-    more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
-    return [
-        f"there is a bias for {', '.join(stray[:3])}{more}, but the configuration trains {config.bias!r} biases "
-        "(PEFT's bias: none, lora_only, all); set it to what the file holds"
-    ]
 
 
 def _convolutions(weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -17,12 +18,16 @@ from sideroad.handle import Attached
 from sideroad.hold import HANDLE
 from sideroad.init import draw_seed, start_tensors
 from sideroad.joining import Placed, start_rows, state_without_adapters
+from sideroad.kinds.experts import layer_at, same_layer
 from sideroad.methods import ROWS, objection
+from sideroad.mixtures import mixture_notes
 from sideroad.peft_keys import BASE
 from sideroad.targets import resolve
 from sideroad.tying import find_followers, tying_findings
 
 __all__ = ["Attached", "attach", "attached"]
+
+logger = logging.getLogger(__name__)
 
 
 def attached(model: nn.Module) -> Attached | None:
@@ -113,7 +118,7 @@ def _place(handle: Attached, value: Adapter, name: str) -> Placed:
     try:
         placed = fit(handle.survey(), value, name)
         known = handle.survey().modules
-        if all(handle.model.get_submodule(path) is known[path] for path in placed.paths):
+        if all(same_layer(layer_at(handle.model, path), known[path]) for path in placed.paths):
             return placed
     except (AdapterError, AttributeError):
         pass
@@ -137,6 +142,10 @@ def _start(
     elif batches is not None:
         raise ConfigError(f"init: {init_name(config.method.init)} looks at no data; leave batches out.")
     biased, rows, whole = set(survey.biases(config, targets)), survey.rows(config, []), survey.whole(config, [])
+    for note in mixture_notes(survey, config, targets).covered:
+        logger.info("%s", note)
+    for note in mixture_notes(survey, config, targets).left:
+        logger.warning("%s", note)
     raise_findings(TargetError, "tying", tying_findings(survey, config, [*targets, *rows, *whole]))
     chosen = draw_seed() if seed is None else seed
     tensors = {

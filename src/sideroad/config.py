@@ -188,8 +188,9 @@ class AdapterConfig(Settings):
     """
 
     targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the output head), or one or more patterns, which may also name embeddings,
-    convolutions and attention; none at all where only `modules_to_save` or `trainable_tokens` are trained."""
+    """`all-linear` (every linear layer but the output head and experts' routers, and the weights of fused experts), or
+    one or more patterns, which may also name embeddings, convolutions, attention and weights of experts
+    (`gate_up_proj`); none at all where only `modules_to_save` or `trainable_tokens` are trained."""
     exclude: tuple[str, ...] = ()
     """Patterns of layers to leave alone."""
     layers: str | tuple[int, ...] | None = None

@@ -19,6 +19,7 @@ from sideroad.kinds.embedding import Embedding as EmbeddingKind
 from sideroad.kinds.prepared import PreparedConvolution, asked
 from sideroad.methods import PARTS, ROWS, START, objection, tokens_of
 from sideroad.pairs import pair_shapes
+from sideroad.peft_experts import order_problems
 from sideroad.peft_keys import PEFT_CONVOLUTION
 from sideroad.route import deltas_of
 from sideroad.survey import Survey
@@ -66,8 +67,12 @@ def fit(survey: Survey, value: Adapter, name: str) -> Placed:
         if canonical in placed or canonical in modules:
             problems.setdefault((path, "is the same module as another path of this adapter"), []).append(path)
         (modules if whole else placed)[canonical] = parts
+    for path, problem in order_problems(placed, survey.experts).items():
+        problems.setdefault((path.rpartition(".")[2], problem), []).append(path)
+    stacked = {path.rpartition(".")[2] for path in placed if path in survey.experts}
     for path in survey.select(value.config, []):
-        if path not in placed:
+        # a name such as down_proj, or all-linear, may be older than adapters of experts, or of one that never means any
+        if path not in placed and (path not in survey.experts or path.rpartition(".")[2] in stacked):
             key = (path.rpartition(".")[2], f"has no tensors, but targets {_shown(value.config)} mean it")
             problems.setdefault(key, []).append(path)
     findings = [_told(paths, problem) for (_, problem), paths in problems.items()]

@@ -16,6 +16,7 @@ from sideroad.fitting import compare_layouts, layout_of, refuse_occupied
 from sideroad.hold import let_go, take_hold
 from sideroad.interrupts import uninterrupted
 from sideroad.joining import Placed, join, make_deltas, part, state_of
+from sideroad.kinds.experts import holder_of, layer_at
 from sideroad.merging import Merged, base_instead, gather_parts, merge_into, restore
 from sideroad.methods import parameters_of, tune_delta
 from sideroad.roster import Entry, Roster
@@ -89,9 +90,9 @@ class Attached:
         return self._roster.find(name).paths
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Return an adapter's live parameters by `<module path>.A`, `.B`, `.bias`, `.rows` or a module's own names."""
-        found = self.deltas(name).items()
-        return {f"{path}.{part}": one for path, delta in found for part, one in parameters_of(delta).items()}
+        """Return an adapter's live parameters by `<module path>.A`, `.bias`, `.rows` … or a module's own names."""
+        found = ((path, parameters_of(delta)) for path, delta in self.deltas(name).items())
+        return {f"{path}.{part}": one for path, parts in found for part, one in parts.items()}
 
     def deltas(self, name: str) -> dict[str, nn.Module]:
         """Return what an adapter has put on each layer, by path."""
@@ -125,7 +126,7 @@ class Attached:
             for path, parts in present.items():
                 for leaf, tensor in parts.items():
                     tensor.copy_(placed[path][leaf])
-                tune_delta(find_delta(self.model, path, name), value.config, path, self.model.get_submodule(path))
+                tune_delta(find_delta(self.model, path, name), value.config, path, layer_at(self.model, path))
             self._roster.entries[name] = replace(entry, description=replace(value, weights={}, modules={}))
 
     def set_trainable(self, names: str | Sequence[str]) -> None:
@@ -277,7 +278,7 @@ class Attached:
         """
         self.refuse_name(name)
         entry = Entry(description, placed.targets, tuple(placed.tensors), tuple(placed.modules), placed.ties)
-        refuse_occupied({path: self.model.get_submodule(path) for path in entry.places}, self._route)
+        refuse_occupied({path: holder_of(layer_at(self.model, path)) for path in entry.places}, self._route)
         deltas = make_deltas(self.model, description.config, placed)
         with uninterrupted():
             if not self._roster.entries:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
+from sideroad.kinds.experts import ExpertWeight, holder_of, layer_at
 from sideroad.methods import ROWS, make_delta, parts_of
 from sideroad.methods.lora import BiasDelta, LoraDelta
 from sideroad.methods.replaced import Replaced
@@ -81,7 +82,7 @@ def make_deltas(model: nn.Module, config: AdapterConfig, placed: Placed) -> dict
         AdapterError: dropout or slices that a layer cannot have.
     """
     made: dict[str, nn.Module] = {
-        path: make_delta(config, path, model.get_submodule(path), tensors) for path, tensors in placed.tensors.items()
+        path: make_delta(config, path, layer_at(model, path), tensors) for path, tensors in placed.tensors.items()
     }
     for path, state in placed.modules.items():
         made[path] = Replaced(copy_of(model.get_submodule(path), state))
@@ -141,17 +142,23 @@ def join(model: nn.Module, route: Route, key: str, deltas: Mapping[str, nn.Modul
     """Put deltas on their layers under an adapter's key."""
     for path, delta in deltas.items():
         child = open_path(model, path, route, whole=isinstance(delta, Replaced))
-        child.put(key, delta.requires_grad_(trainable))
+        child.put(key, delta.requires_grad_(trainable), _stacked_name(model, path))
 
 
 def part(model: nn.Module, key: str, paths: Iterable[str]) -> None:
     """Take an adapter's deltas off their layers; layers without any are as they were before the first."""
     for path in paths:
-        deltas = deltas_of(model.get_submodule(path))
+        deltas = deltas_of(holder_of(layer_at(model, path)))
         if deltas is not None:
-            deltas._modules.pop(key, None)
+            deltas.take(key, _stacked_name(model, path))
             if not deltas._modules:
                 close_path(model, path)
+
+
+def _stacked_name(model: nn.Module, path: str) -> str | None:
+    """The parameter's name where the layer at a path is a stacked weight."""
+    layer = layer_at(model, path)
+    return layer.name if isinstance(layer, ExpertWeight) else None
 
 
 def state_of(model: nn.Module, paths: Iterable[str], name: str) -> dict[str, dict[str, Tensor]]:

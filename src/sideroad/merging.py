@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from sideroad.errors import MergeError
 from sideroad.interrupts import uninterrupted
+from sideroad.kinds import kind_of
+from sideroad.kinds.experts import Experts, ExpertWeight, layer_at
 from sideroad.lowrank import LowRank
 from sideroad.methods import Delta, acting
+from sideroad.methods.lora import LoraDelta
 from sideroad.methods.replaced import Replaced
 from sideroad.methods.rows import RowsDelta, TiedRows
 from sideroad.route import find_delta
@@ -73,13 +76,13 @@ def merge_into(model: nn.Module, parts: Parts, *, keep_base: bool) -> tuple[Kept
     Raises:
         MergeError: memory shared with another layer, weights without data, or a result that is not finite.
     """
-    layers = {path: model.get_submodule(path) for path in parts}
+    layers = {path: layer_at(model, path) for path in parts}
     names = {path: changed_tensors(layers[path], pairs) for path, pairs in parts.items()}
     empty = [path for path, layer in layers.items() if any(tensor_of(layer, name).is_meta for name in names[path])]
     if empty:
         raise MergeError(f"{empty[0]} is on the meta device: there is no weight to merge into; load the model first.")
     shared = {path for path in layers if all(getattr(delta, "shared", False) for delta, _ in parts[path])}
-    written = [place(path, name) for path, found in names.items() if path not in shared for name in found]
+    written = [_held_at(layers[path], path, name) for path in layers if path not in shared for name in names[path]]
     ties = find_ties(model, written, [place(path, "weight") for path in shared])
     layers = _without_followers(layers, shared - ties.keys())
     parts = {path: parts[path] for path in layers}
@@ -126,7 +129,7 @@ def restore(model: nn.Module, kept: Mapping[str, Mapping[str, Tensor]], untied: 
     """Write kept bytes back and tie again what was tied."""
     retie(model, untied)
     for path, parameters in kept.items():
-        write_parameters(model.get_submodule(path), parameters)
+        write_parameters(layer_at(model, path), parameters)
 
 
 def changed_tensors(layer: nn.Module, pairs: Pairs) -> tuple[str, ...]:
@@ -136,6 +139,8 @@ def changed_tensors(layer: nn.Module, pairs: Pairs) -> tuple[str, ...]:
 
 def merged_parameters(layer: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
     """Compute a layer's merged tensors in fp32 (fp64 for an fp64 base), rounded once to how they are stored."""
+    if isinstance(kind_of(layer), Experts):
+        return {require_kind(layer).weight: _merged_experts(layer, pairs)}
     result: dict[str, Tensor] = {}
     for delta, _ in pairs:
         if isinstance(delta, Replaced):
@@ -166,6 +171,15 @@ def merged_parameters(layer: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
     return result
 
 
+def _merged_experts(layer: nn.Module, pairs: Pairs) -> Tensor:
+    """The sum expert by expert, exactly as the forward takes it; one matrix for all would be mostly zeros."""
+    weight = weight_of(layer).detach()
+    changed = weight
+    for delta, factor in pairs:
+        changed = cast(LoraDelta, delta).changed_weight(changed, factor).detach()
+    return changed.to(weight.dtype)
+
+
 def tensor_of(module: nn.Module, name: str) -> Tensor:
     """Return a module's parameter or buffer by dotted name."""
     parent, _, leaf = name.rpartition(".")
@@ -179,6 +193,13 @@ def place(path: str, name: str) -> tuple[str, str]:
     whole = f"{path}.{name}" if path else name
     owner, _, leaf = whole.rpartition(".")
     return owner, leaf
+
+
+def _held_at(layer: nn.Module, path: str, name: str) -> tuple[str, str]:
+    """As `place`; a stacked weight is a parameter of the experts module."""
+    if isinstance(layer, ExpertWeight):
+        return path.removesuffix(layer.name).removesuffix("."), layer.name
+    return place(path, name)
 
 
 def _without_followers(layers: Mapping[str, nn.Module], shared: set[str]) -> dict[str, nn.Module]:
@@ -208,7 +229,7 @@ def write_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def swap(model: nn.Module, values: Mapping[str, Mapping[str, Tensor]]) -> Kept:
     """Write values into the model, all or none, and return CPU copies of what they replaced."""
-    layers = {path: model.get_submodule(path) for path in values}
+    layers = {path: layer_at(model, path) for path in values}
     replaced = {path: copy_parameters(layer, tuple(values[path])) for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
@@ -246,6 +267,9 @@ def _surely_finite(layer: nn.Module, pairs: Pairs) -> bool:
     lowest, highest = weight.aminmax()
     size = torch.maximum(-lowest, highest).double()
     for delta, factor in pairs:
+        if isinstance(delta, LoraDelta):
+            size = size + abs(factor) * delta.bound(layer)
+            continue
         low = cast(Delta, delta).lower(layer)
         if low is not None and low.gain is not None:
             return False

@@ -11,7 +11,7 @@ MAPPED = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "use_rslora",
     "lora_dropout", "bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "init_lora_weights", "modules_to_save", "trainable_token_indices",
-    "ensure_weight_tying", "use_dora",
+    "ensure_weight_tying", "target_parameters", "use_dora",
 })  # fmt: skip
 """Fields that have a place in an `Adapter`."""
 
@@ -33,7 +33,6 @@ HARMLESS: Mapping[str, Any] = {
 
 REFUSED: Mapping[str, str] = {
     "lora_bias": "a bias inside the pair",
-    "target_parameters": "pairs on raw parameters such as experts",
     "layer_replication": "layers stacked several times",
     "alora_invocation_tokens": "activated LoRA, on from certain tokens only",
     "use_qalora": "QA-LoRA, inputs pooled in groups",

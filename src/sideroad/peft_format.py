@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from sideroad.config import AdapterConfig
+from sideroad.patterns import matches
 from sideroad.peft_fields import BIASES, init_of, shown, sift
-from sideroad.peft_keys import OUTPUT, Sorted
+from sideroad.peft_keys import EXPERTS, OUTPUT, Sorted
 from sideroad.peft_parts import (
     file_rank,
     file_ranks,
@@ -23,6 +24,7 @@ from sideroad.peft_parts import (
     our_tokens,
     output_patterns,
     peft_path,
+    said_rank,
     saved_names,
     their_modules,
     their_tokens,
@@ -30,17 +32,22 @@ from sideroad.peft_parts import (
 )
 from sideroad.peft_targets import (
     bare_suffix,
+    ends,
     is_target,
+    names_in,
     our_patterns,
     our_targets,
     plain_number,
+    their_parameters,
     their_patterns,
     their_targets,
     their_value,
 )
 from sideroad.targets import alpha_of
 
-__all__ = ["Reading", "file_rank", "file_ranks", "read_config", "saved_names", "unfold_slices", "write_config"]
+__all__ = [
+    "Reading", "file_rank", "file_ranks", "read_config", "said_rank", "saved_names", "unfold_slices", "write_config",
+]  # fmt: skip
 
 
 
@@ -142,7 +149,8 @@ def write_config(
     # PEFT has one entry for an attention with its output projection
     alphas = {peft_path(path, held.kinds): alpha_of(config, path) for path in ranks}
     ranks = {peft_path(path, held.kinds): value for path, value in ranks.items()}
-    paths = list(ranks)
+    stacked = [path for path in ranks if held.kinds.get(path) == EXPERTS]
+    paths = [path for path in ranks if path not in stacked]
     rank = config.method.rank
     if ranks and not any(value == rank for value in ranks.values()):
         rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -160,7 +168,10 @@ def write_config(
         "init_lora_weights": "gaussian" if method.init == "gaussian" else None,
         "modules_to_save": their_modules(held),
         "trainable_token_indices": their_tokens(config, held),
-        **their_targets(config, paths, exact=OUTPUT in held.kinds.values()),
+        **their_targets(_without(config, paths, stacked), paths, exact=OUTPUT in held.kinds.values()),
+        "target_parameters": their_parameters(
+            config.targets, stacked, limited=bool(config.exclude) or config.layers is not None
+        ),
     }
     always = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_name, "inference_mode": True,
@@ -172,6 +183,9 @@ def write_config(
 
 def _target_findings(fields: Mapping[str, Any], source: str) -> list[str]:
     findings = []
+    parameters = fields.get("target_parameters")
+    if not (parameters is None or _all(parameters, str)):
+        findings.append(f"{source}: target_parameters is {shown(parameters)}; expected a list of names or null")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = fields.get(name)
         if not (value is None or isinstance(value, str) or _all(value, str)):
@@ -218,6 +232,8 @@ def _fit_findings(
         path
         for path in ranks
         if not is_target(fields, peft_path(path, held.kinds))
+        and held.kinds.get(path) != EXPERTS
+        and not any(ends(f"{path}.weight", name) for name in names_in(fields))
         and not (fields.get("ensure_weight_tying") and follows_embedding(path, held.weights))
         and not bare_suffix(fields, path)
     ]
@@ -229,6 +245,14 @@ def _fit_findings(
             "skip them silently; add them to target_modules or remove their tensors"
         )
     return findings
+
+
+def _without(config: AdapterConfig, paths: list[str], stacked: list[str]) -> AdapterConfig:
+    """The configuration without the targets that mean stacked weights alone, which PEFT names in another field."""
+    if not stacked or isinstance(config.targets, str):
+        return config
+    kept = tuple(one for one in config.targets if any(matches(one, path) for path in paths) or one == "all-linear")
+    return config.model_copy(update={"targets": kept})
 
 
 class _Numbers:

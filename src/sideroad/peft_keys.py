@@ -22,6 +22,8 @@ TWICE = 2
 """How often PEFT (measured up to 0.21.2) adds the change of such an output projection. In memory B holds what acts, so
 B is doubled on reading and halved on writing; files mean the same here and there. That is exact but for the smallest
 and largest numbers of fp16, which are refused."""
+EXPERTS = "experts"
+"""Kind of a path that is a stacked weight of fused experts, whose pairs files hold otherwise (`peft_experts.py`)."""
 BASE = "base"
 """Leaf that holds a whole weight which PEFT saved unasked: of an embedding or head, or of a layer beside its pair.
 Attaching compares it with the base: equal, it is dropped; different, it replaces the layer's or is refused."""
@@ -36,13 +38,13 @@ _STRAYS = (".original_module.", ".modules_to_save.")
 _ATTENTION_OUTPUT = re.compile(
     r"(?:(?P<owner>.+)\.)?base_layer\.out_proj\.(?:lora_(?P<leaf>[AB])\.weight|base_layer\.bias)"
 )
+_PARAMETER = re.compile(r"(?:\.base_layer)+\.(?P<leaf>lora_[AB]\.weight)$")
+"""The end of a pair's name that lies deeper than another one of its module: pairs on parameters (`peft_experts.py`)."""
 _REFUSED = {
     "lora_B.bias": "a bias inside the pair (lora_bias); not supported yet",
     "lora_A.bias": "a bias inside the pair; not supported",
     "lora_E": "an AdaLoRA singular value without its pair, or in a file whose peft_type is not ADALORA",
     "lora_ranknum": "an AdaLoRA rank count, which its files do not hold",
-    "base_layer.lora_A": "a pair on a raw parameter (target_parameters); not supported yet",
-    "base_layer.lora_B": "a pair on a raw parameter (target_parameters); not supported yet",
     "vera_lambda": "a VeRA vector; VeRA is not supported",
     "hada_w": "a LoHa factor; LoHa is not supported",
     "lokr_w": "a LoKr factor; LoKr is not supported",
@@ -133,6 +135,9 @@ def _halved(path: str, B: Tensor) -> Tensor:
 def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> Sorted:
     """Sort a file's tensors by module; modules come in the order of their paths, numbers counted as numbers.
 
+    A pair that lies deeper than another in one module keeps `.base_layer` at the end of its path; what it means is for
+    `peft_experts.unfold_experts` to say.
+
     Args:
         saved: names of `modules_to_save`; a module path that ends in one is a module trained whole.
     """
@@ -206,7 +211,7 @@ def _place(key: str, saved: Collection[str]) -> _Place | str:
         owner = f"{inner['owner']}." if inner["owner"] else ""
         return _Place(f"{owner}out_proj", inner["leaf"] or "bias", OUTPUT)
     for leaf, role in _LEAVES.items():
-        if rest.endswith("." + leaf) and ".base_layer." not in rest:
+        if rest.endswith("." + leaf) and ".base_layer." not in _PARAMETER.sub(r".\g<leaf>", rest):
             return _Place(rest.removesuffix("." + leaf), role, EMBEDDING if "embedding" in leaf else None)
     leftover = re.search(r"\.lora_(?:embedding_)?[AB]\.(?P<name>.+)\.weight$|\.lora_[AB]\.(?P<bare>[^.]+)$", key)
     if leftover and (leftover["name"] or leftover["bare"]) not in ("weight", "bias"):

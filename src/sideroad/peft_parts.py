@@ -51,7 +51,7 @@ def file_rank(leaves: Mapping[str, Tensor], said: Any) -> int:
         said: what the configuration says, which decides between the two.
     """
     A, B = leaves["A"], leaves["B"]
-    return A.shape[0] if A.shape[0] == said else B.shape[1]
+    return A.shape[0] if A.shape[0] == said and A.ndim > 2 else B.shape[1]
 
 
 def file_ranks(
@@ -64,12 +64,19 @@ def file_ranks(
     for path, leaves in weights.items():
         if "A" in leaves:
             grouped = leaves["A"].shape[0] != leaves["B"].shape[1]
-            wanted = _said_rank(said, peft_path(path, kinds), fields.get("r", 8)) if grouped else None
+            wanted = _said_value(said, peft_path(path, kinds), fields.get("r", 8)) if grouped else None
             ranks[path] = file_rank(leaves, wanted)
     return ranks
 
 
-def _said_rank(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def said_rank(fields: Mapping[str, Any], path: str) -> int:
+    """Return the rank that a configuration gives a path; 1 where it says something that is reported later."""
+    pattern = fields.get("rank_pattern")
+    said = _said_value(pattern if isinstance(pattern, dict) else {}, path, fields.get("r", 8))
+    return said if type(said) is int and said > 0 else 1
+
+
+def _said_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     try:
         return their_value(patterns, path, default)
     except (re.error, RecursionError, OverflowError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sideroad.config import AdapterConfig
 from sideroad.patterns import is_name
-from sideroad.peft_keys import OUTPUT
+from sideroad.peft_keys import EXPERTS, OUTPUT
 
 _PLAIN = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 _SUFFIX = r"re:(.*\.)?"
@@ -59,7 +59,8 @@ def _in_layers(fields: Mapping[str, Any], path: str) -> bool:
 def bare_suffix(fields: Mapping[str, Any], path: str) -> bool:
     """Whether a path is a target only by PEFT's rule before 0.5: a listed name may end it anywhere (`p` in `up`)."""
     wanted = fields.get("target_modules")
-    newer = ("rank_pattern" in fields, fields.get("exclude_modules"), fields.get("layers_to_transform"))
+    settings = ("exclude_modules", "layers_to_transform", "target_parameters")
+    newer = ("rank_pattern" in fields, *map(fields.get, settings))
     old = not any(newer) and isinstance(wanted, list)
     return old and not is_target(fields, path) and any(path.endswith(name) for name in wanted or ())
 
@@ -76,6 +77,13 @@ def our_targets(
     """
     if exact:
         return {"targets": [our_name(path) for path in paths]}
+    stacked = [path for path in paths if (kinds or {}).get(path) == EXPERTS]
+    if stacked:
+        said = our_targets(fields, [path for path in paths if path not in stacked], kinds)
+        targets = [said["targets"]] if isinstance(said["targets"], str) else list(said["targets"])
+        if any(said.get(key) for key in ("exclude", "layers")):
+            return {"targets": [our_name(path) for path in paths]}
+        return said | {"targets": [*targets, *_our_parameters(fields, stacked)]}
     outputs = [path for path in paths if (kinds or {}).get(path) == OUTPUT]
     if outputs:
         owners = {path.rpartition(".")[0] for path in outputs}
@@ -158,6 +166,35 @@ def _covering_names(paths: list[str]) -> list[str]:
     names = {".".join(path.split(".")[-kept:]): path for path in paths}
     numbered = any(part.isdecimal() for name in names for part in name.split("."))
     return list(paths) if numbered else sorted(names)
+
+
+def _our_parameters(fields: Mapping[str, Any], stacked: list[str]) -> list[str]:
+    """Return our patterns for the stacked weights that PEFT's `target_parameters` mean."""
+    said = names_in(fields)
+    used = [name for name in said if any(ends(path, name) for path in stacked)]
+    # a bare name would mean linear layers of that name too
+    covers = all(any(ends(path, name) for name in used) for path in stacked)
+    return [our_name(name) for name in (used if covers and all("." in name for name in used) else stacked)]
+
+
+def their_parameters(targets: str | Iterable[str], stacked: list[str], *, limited: bool) -> list[str]:
+    """Return PEFT's `target_parameters` for stacked weights: the configuration's own names where they mean just these.
+
+    Args:
+        limited: the configuration leaves something out, which PEFT's names of parameters cannot.
+    """
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    names = [name for pattern in patterns if (name := their_name(pattern)) and any(ends(p, name) for p in stacked)]
+    if patterns == ["all-linear"]:
+        names = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in stacked))
+    fits = not limited and all("." in name for name in names)
+    return names if fits and all(any(ends(path, name) for name in names) for path in stacked) else stacked
+
+
+def names_in(fields: Mapping[str, Any]) -> list[str]:
+    """Return the names in `target_parameters`; anything but a list of strings is reported elsewhere."""
+    said = fields.get("target_parameters")
+    return [name for name in said if isinstance(name, str)] if isinstance(said, list | tuple | set) else []
 
 
 def our_name(name: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sideroad.errors import AdapterError
+from sideroad.kinds.experts import ExpertWeight, holder_of, layer_at
 from sideroad.rows import Plan
 
 CHILD = "lora"
@@ -142,10 +143,32 @@ class Deltas(nn.Module):
                 y = delta(x, y, layer, weight)
         return y
 
-    def put(self, key: str, delta: nn.Module) -> None:
-        """Register a delta; it takes over this module's training flag."""
+    def put(self, key: str, delta: nn.Module, weight: str | None = None) -> None:
+        """Register a delta; it takes over this module's training flag.
+
+        Args:
+            weight: name of the stacked weight that it is for, where the layer is an experts module.
+        """
         # not add_module: it refuses names that are attributes, which escaped keys never are, and dots, which they lack
-        self._modules[key] = delta.train(self.training)
+        if weight is None:
+            self._modules[key] = delta.train(self.training)
+            return
+        held = self._modules.setdefault(key, ByWeight().train(self.training))
+        cast(ByWeight, held)._modules[weight] = delta.train(self.training)
+
+    def take(self, key: str, weight: str | None = None) -> None:
+        """Remove a delta, if it is there; arguments as in `put`."""
+        held = self._modules.get(key)
+        if weight is None or not isinstance(held, ByWeight):
+            self._modules.pop(key, None)
+            return
+        held._modules.pop(weight, None)
+        if not held._modules:
+            del self._modules[key]
+
+
+class ByWeight(nn.Module):
+    """One adapter's deltas on the stacked weights of an experts module, by the weights' names."""
 
 
 def add_deltas(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
@@ -169,8 +192,11 @@ def find_delta(model: nn.Module, path: str, name: str) -> nn.Module:
     Raises:
         AdapterError: there is none, though the adapter was attached to it.
     """
-    deltas = deltas_of(model.get_submodule(path))
+    layer = layer_at(model, path)
+    deltas = deltas_of(holder_of(layer))
     delta = deltas._modules.get(escape(name)) if deltas is not None else None
+    if isinstance(layer, ExpertWeight) and delta is not None:
+        delta = delta._modules.get(layer.name)
     if delta is None:
         raise AdapterError(f'adapter "{name}" is gone from {path}: the layer was replaced after attach.')
     return delta

@@ -10,18 +10,21 @@ from torch import Tensor, nn
 
 from sideroad.errors import AdapterError
 from sideroad.kinds import kind_of
+from sideroad.kinds.changed_weight import ChangedWeight, Pair, multiplies
+from sideroad.kinds.experts import ExpertWeight, expert_weights, holder_of, layer_at
 from sideroad.methods.lora import BiasDelta, LoraDelta, bias_change
 from sideroad.methods.replaced import Replaced
-from sideroad.route import Deltas, Route, add_child, close_layer, deltas_of, open_layer
+from sideroad.route import ByWeight, Deltas, Route, add_child, close_layer, deltas_of, open_layer
 from sideroad.rows import Plan
 
 
 class Seam:
     """Stands in for a module's `forward`; the module keeps its class, names and weights.
 
-    It serves what no hook behind a layer can: a module trained whole, whose copy is called instead, and projections
-    whose weight another module's forward reads (`nn.MultiheadAttention`), which see a view of their owner that holds
-    the changed weights. Nothing of the model is written, so threads and exceptions leave nothing behind.
+    It serves what no hook behind a layer can: a module trained whole, whose copy is called instead, and weights that
+    another module's forward reads (projections of `nn.MultiheadAttention`, stacked weights of fused experts): that
+    forward sees a view of its module that holds the changed weights. Nothing of the model is written, so threads and
+    exceptions leave nothing behind.
 
     Args:
         owner: the module; its instance attribute `forward` becomes this object.
@@ -56,7 +59,8 @@ class Seam:
         """Call one copy for each segment of a mixed batch."""
         if not any(key in deltas._modules for key in plan.keys):
             return self._call({}, args, kwargs)
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or _by_owner(self.owner):
+        _refuse_rows(self.owner, deltas, plan)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or _reads_weights(self.owner):
             raise AdapterError(
                 f"a mixed batch cannot be split before {type(self.owner).__name__}: only modules trained whole that "
                 "are called with one tensor can differ by row. Run one adapter at a time, with using()."
@@ -79,7 +83,9 @@ def changed_view(owner: nn.Module) -> nn.Module:
     children = {}
     # a loop: torch.compile breaks its graph at a comprehension that names what it finds
     for name, child in owner._modules.items():
-        changed = {} if child is None or isinstance(child, Deltas) else _changed_weights(child)
+        # experts inside have a seam of their own
+        passed = child is None or isinstance(child, Deltas) or isinstance(child.__dict__.get("forward"), Seam)
+        changed = {} if child is None or passed else _changed_weights(child)
         if child is not None and changed:
             children[name] = _view(child, changed)
     return _view(owner, parameters, children) if parameters or children else owner
@@ -91,19 +97,20 @@ def open_path(model: nn.Module, path: str, route: Route, *, whole: bool = False)
     Args:
         whole: the module is trained whole: its forward is taken over, whatever its kind.
     """
-    module = model.get_submodule(path)
-    if not whole and not _by_owner(module):
-        return open_layer(module, route)
+    layer = layer_at(model, path)
+    if not whole and not _by_owner(layer):
+        return open_layer(layer, route)
+    module = holder_of(layer)
     present = deltas_of(module) or add_child(module, route)
-    _take_over(_owner(model, path, module))
+    _take_over(_owner(model, path, layer))
     return present
 
 
 def close_path(model: nn.Module, path: str) -> None:
     """Undo `open_path`."""
-    module = model.get_submodule(path)
-    owner = _owner(model, path, module)
-    close_layer(module)
+    layer = layer_at(model, path)
+    owner = _owner(model, path, layer)
+    close_layer(holder_of(layer))
     seam = owner.__dict__.get("forward")
     if isinstance(seam, Seam) and not _needed(owner):
         _give_back(owner, seam)
@@ -135,7 +142,7 @@ def _give_back(owner: nn.Module, seam: Seam) -> None:
 def _take_over(owner: nn.Module) -> None:
     if isinstance(owner.__dict__.get("forward"), Seam):
         return
-    if "forward" in owner.__dict__ and isinstance(owner, nn.MultiheadAttention):
+    if "forward" in owner.__dict__ and (isinstance(owner, nn.MultiheadAttention) or expert_weights(owner)):
         raise AdapterError(
             f"the forward of this {type(owner).__name__} was replaced by another library (device hooks?), which would "
             "not see the adapter's weights; attach the adapter first."
@@ -152,8 +159,15 @@ def _by_owner(module: nn.Module) -> bool:
     return kind is not None and kind.seam == "owner"
 
 
+def _reads_weights(owner: nn.Module) -> bool:
+    """Whether a module's forward reads weights that adapters change: of an attention, or of fused experts."""
+    return _by_owner(owner) or bool(expert_weights(owner))
+
+
 def _owner(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """The module whose forward reads the weight at a path: itself, or the attention around an output projection."""
+    """The module whose forward reads the weight at a path: itself, the attention around it, or the experts."""
+    if isinstance(module, ExpertWeight):
+        return module.owner
     if isinstance(module, nn.MultiheadAttention) or not _by_owner(module):
         return module
     return model.get_submodule(path.rpartition(".")[0])
@@ -164,16 +178,17 @@ def _needed(owner: nn.Module) -> bool:
     return any(deltas_of(module) is not None for module in (owner, *inner))
 
 
-def _changed_weights(module: nn.Module) -> dict[str, Tensor]:
+def _changed_weights(module: nn.Module) -> Mapping[str, Tensor | ChangedWeight]:
     deltas, kind = deltas_of(module), kind_of(module)
-    if deltas is None or kind is None or kind.seam != "owner":
+    if deltas is None:
+        return {}
+    if expert_weights(module):
+        return _changed_experts(module, deltas)
+    if kind is None or kind.seam != "owner":
         return {}
     plan = deltas.route.plan
-    if plan is not None and any(key in deltas._modules for key in plan.keys):
-        raise AdapterError(
-            f"rows() names an adapter of an attention projection ({type(module).__name__}), whose weight is one for "
-            "all rows of a batch. Run one adapter at a time, with using(), or leave the attention out of its targets."
-        )
+    if plan is not None:
+        _refuse_rows(module, deltas, plan)
     found: dict[str, Tensor] = {}
     for key, factor in deltas.route.live.items():
         delta = deltas._modules.get(key)
@@ -185,8 +200,40 @@ def _changed_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.to(module.get_parameter(name).dtype) for name, tensor in found.items()}
 
 
+def _changed_experts(module: nn.Module, deltas: Deltas) -> Mapping[str, Tensor | ChangedWeight]:
+    """The stacked weights of an experts module with what is live on them, as products or, where it must be, summed."""
+    found: dict[str, Tensor] = {}
+    pairs: dict[str, list[Pair]] = {}
+    as_products = multiplies(module)
+    for key, factor in deltas.route.live.items():
+        held = deltas._modules.get(key)
+        for name, delta in held._modules.items() if isinstance(held, ByWeight) else ():
+            if isinstance(delta, LoraDelta) and as_products:
+                pairs.setdefault(name, []).append(delta.expert_pair(module.get_parameter(name), factor))
+            elif isinstance(delta, LoraDelta):
+                found[name] = delta.changed_weight(found.get(name, module.get_parameter(name)), factor)
+    if as_products:
+        return {name: ChangedWeight(module.get_parameter(name), several) for name, several in pairs.items()}
+    return {name: tensor.to(module.get_parameter(name).dtype) for name, tensor in found.items()}
+
+
+def _refuse_rows(module: nn.Module, deltas: Deltas, plan: Plan) -> None:
+    """Raise AdapterError where a mixed batch names adapters of weights that are one for all its rows."""
+    held = [deltas._modules[key] for key in plan.keys if key in deltas._modules]
+    if expert_weights(module) and any(isinstance(one, ByWeight) for one in held):
+        what, part = "fused experts", "experts"
+    elif _by_owner(module) and held:
+        what, part = "an attention projection", "attention"
+    else:
+        return
+    raise AdapterError(
+        f"rows() names an adapter of {what} ({type(module).__name__}), whose weight is one for "
+        f"all rows of a batch. Run one adapter at a time, with using(), or leave the {part} out of its targets."
+    )
+
+
 def _view(
-    module: nn.Module, parameters: Mapping[str, Tensor], children: Mapping[str, nn.Module] | None = None
+    module: nn.Module, parameters: Mapping[str, Tensor | ChangedWeight], children: Mapping[str, nn.Module] | None = None
 ) -> nn.Module:
     view = copy.copy(module)
     view.__dict__["_parameters"] = {**module._parameters, **parameters}

@@ -12,6 +12,7 @@ from sideroad.errors import did_you_mean
 from sideroad.kinds import ALLOWED, Kind, keeps_its_promise, kind_of
 from sideroad.kinds.attention import OutProjection
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
+from sideroad.kinds.experts import Experts, ExpertWeight, expert_weights, routers
 from sideroad.kinds.linear import Linear as LinearKind
 from sideroad.patterns import block_index, is_name, matches, parse_blocks, ranges
 from sideroad.route import walk
@@ -35,13 +36,18 @@ class Survey:
     def __init__(self, model: nn.Module) -> None:
         self.model_name = type(model).__name__
         self.modules: dict[str, nn.Module] = {}
-        """Every path, aliases of shared modules included."""
+        """Every path, aliases of shared modules included; behind an experts module a view of each stacked weight."""
         self.canonical: dict[str, str] = {}
         """Path → first path of the same module."""
         first: dict[int, str] = {}
         for path, module in walk(model):
             self.modules[path] = module
             self.canonical[path] = first.setdefault(id(module), path)
+            for name in expert_weights(module):
+                inner = f"{path}.{name}" if path else name
+                self.modules[inner] = ExpertWeight(module, name)
+                start = self.canonical[path]
+                self.canonical[inner] = f"{start}.{name}" if start else name
         self.kinds: dict[str, Kind] = {
             path: kind
             for path, module in self.modules.items()
@@ -51,7 +57,14 @@ class Survey:
         """Canonical path of each layer that a pair can act on → its kind."""
         self.adaptable = {path: self.modules[path] for path in self.kinds}
         self.linear = {path: self.modules[path] for path, kind in self.kinds.items() if kind.linear}
+        self.experts = {path: self.modules[path] for path, kind in self.kinds.items() if isinstance(kind, Experts)}
+        self.routers = routers(self.modules)
         self.heads = _heads(model, self.linear)
+
+    @property
+    def called(self) -> dict[str, nn.Module]:
+        """The paths of real modules, without the views of stacked weights."""
+        return {path: module for path, module in self.modules.items() if not isinstance(module, ExpertWeight)}
 
     def select(self, config: AdapterConfig, findings: list[str]) -> list[str]:
         """Return the chosen canonical paths in model order; append what is wrong with the patterns to `findings`."""
@@ -59,8 +72,8 @@ class Survey:
         chosen: set[str] = set()
         for pattern in patterns:
             if pattern == ALL_LINEAR:
-                chosen |= self.linear.keys() - self.heads
-                if not self.linear:
+                chosen |= (self.linear.keys() - self.heads - self.routers) | self.experts.keys()
+                if not (self.linear or self.experts):
                     findings.append(f"{self.model_name} has no linear layer inside it that could be adapted.")
             else:
                 chosen |= self._matched(pattern, findings, config.allow_unmatched)
@@ -96,6 +109,8 @@ class Survey:
     def uncalled(self, path: str) -> str | None:
         """Return why a copy could not act in place of the module at a path: nothing calls it; None where it could."""
         module = self.modules[path]
+        if isinstance(module, ExpertWeight):
+            return "is a stacked weight of fused experts; name the module around it"
         if self.canonical[path] in self.kinds and self.kinds[self.canonical[path]].name == OutProjection.name:
             return "has a weight that its attention reads without calling it; name the attention"
         if type(module).forward is nn.Module.forward:

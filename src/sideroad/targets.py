@@ -11,6 +11,7 @@ from torch import nn
 
 from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError, TargetError, did_you_mean, raise_findings
+from sideroad.kinds.experts import ExpertWeight
 from sideroad.pairs import blocks, pair_shapes, slices_of
 from sideroad.patterns import first_match, is_name, matches, shortest_names
 from sideroad.peft_parts import attention_findings
@@ -44,6 +45,8 @@ class Target:
     """Of A and B, as they are stored and saved."""
     largest_rank: int
     """The rank at which a pair can hold any change."""
+    experts: int | None = None
+    """How many experts' weights of (out, in) are stacked in it, each with a pair of its own; None for other layers."""
 
     @property
     def parameters(self) -> int:
@@ -135,7 +138,10 @@ def _target(config: AdapterConfig, path: str, layer: nn.Module) -> Target:
     narrowest = out_features // (A[0] // rank)
     if parts is not None:
         narrowest = min(stop - start for start, stop in blocks(parts, out_features))
-    return Target(path, out_features, in_features, rank, alpha_of(config, path), (A, B), min(narrowest, in_features))
+    experts = layer.count if isinstance(layer, ExpertWeight) else None
+    out_features = narrowest if experts else out_features
+    largest = min(narrowest, in_features)
+    return Target(path, out_features, in_features, rank, alpha_of(config, path), (A, B), largest, experts)
 
 
 def _check_slices(survey: Survey, config: AdapterConfig, chosen: Iterable[str]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from sideroad.peft_keys import BASE, module_key, path_order
+from sideroad.config import AdapterConfig
+from sideroad.peft_keys import BASE, EXPERTS, module_key, path_order
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types that an adapter's tensors may have."""
@@ -22,12 +23,15 @@ def weight_findings(
     weights: Mapping[str, Mapping[str, Tensor]],
     modules: Mapping[str, Mapping[str, Tensor]],
     kinds: Mapping[str, str] | None = None,
+    experts: Collection[str] = (),
 ) -> list[str]:
     """List what is wrong with an adapter's tensors: halves missing, shapes, types, values that are not finite.
 
     Args:
         kinds: path → kind as a file has it: the findings then name tensors as files do; None: as an `Adapter` does.
+        experts: paths of stacked weights, where `kinds` does not say it.
     """
+    stacked = {*experts, *(path for path, kind in (kinds or {}).items() if kind == EXPERTS)}
 
     def name(path: str, leaf: str) -> str:
         if kinds is None:
@@ -50,12 +54,28 @@ def weight_findings(
             if leaf in _DIMENSIONS
             for finding in _tensor_findings(name(path, leaf), leaves[leaf], _DIMENSIONS[leaf])
         ]
-        findings += bad or _shape_findings({leaf: (name(path, leaf), leaves[leaf]) for leaf in leaves})
+        named = {leaf: (name(path, leaf), leaves[leaf]) for leaf in leaves}
+        findings += bad or _shape_findings(named, grouped=path in stacked)
     for path, state in modules.items():
         for part, tensor in state.items():
             if tensor.is_floating_point():
                 findings += _tensor_findings(f"{path}.{part}", tensor, range(9))
     return findings
+
+
+def bias_findings(config: AdapterConfig, weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """List biases that an adapter holds though its configuration trains none there."""
+    biased = [path for path, leaves in weights.items() if "bias" in leaves]
+    stray = [
+        path for path in biased if config.bias == "none" or (config.bias == "adapted" and "A" not in weights[path])
+    ]
+    if not stray:
+        return []
+    more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
+    return [
+        f"there is a bias for {', '.join(stray[:3])}{more}, but the configuration trains {config.bias!r} biases "
+        "(PEFT's bias: none, lora_only, all); set it to what the file holds"
+    ]
 
 
 def _tensor_findings(name: str, tensor: Tensor, dimensions: tuple[int, ...] | range) -> Iterator[str]:
@@ -70,13 +90,13 @@ def _tensor_findings(name: str, tensor: Tensor, dimensions: tuple[int, ...] | ra
         yield f"{name} has {bad} of {tensor.numel()} values that are NaN or infinite; go back to an earlier checkpoint"
 
 
-def _shape_findings(named: Mapping[str, tuple[str, Tensor]]) -> list[str]:
+def _shape_findings(named: Mapping[str, tuple[str, Tensor]], *, grouped: bool) -> list[str]:
     if "A" not in named or "B" not in named:
         return []
     (name_a, A), (name_b, B) = named["A"], named["B"]
     findings = []
-    # a convolution in groups has several pairs, so A has a multiple of B's rank
-    fits = A.shape[0] == B.shape[1] or (A.ndim > 2 and A.shape[0] % B.shape[1] == 0)
+    # a convolution in groups has several pairs, as experts have, so A has a multiple of B's rank
+    fits = A.shape[0] == B.shape[1] or ((A.ndim > 2 or grouped) and A.shape[0] % B.shape[1] == 0)
     if not fits or A.ndim != B.ndim:
         findings.append(
             f"{name_a} {list(A.shape)} and {name_b} {list(B.shape)} have ranks {A.shape[0]} and "

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixtures import mixture
+from tiny import fill
 
 from sideroad.adapter import Adapter, BaseRecord
 from sideroad.analyze.inspect import inspect_adapter
 from sideroad.analyze.spectrum import effective_rank, stable_rank
+from sideroad.attaching import attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import AdapterError
 
@@ -75,3 +78,18 @@ def test_the_report_is_json(directory: Path) -> None:
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="has no adapter_config"):
         inspect_adapter(tmp_path)
+
+
+def test_experts_are_measured_one_by_one(tmp_path: Path) -> None:
+    handle = attach(mixture("mixtral"), AdapterConfig(targets=("gate_up_proj",), method=LoraMethod(rank=2)))
+    fill(handle)
+    value = handle.adapter("default")
+    value.save(tmp_path / "a")
+    first = inspect_adapter(tmp_path / "a").modules[0]
+    assert (first.experts, first.out_features, first.in_features, first.rank) == (4, 48, 16, 2)
+    parts = value.lower_by_expert(first.path)
+    whole = value.lower(first.path).dense()
+    assert torch.equal(torch.cat([part.dense() for part in parts]), whole)
+    assert first.norm == pytest.approx(float(whole.norm()), rel=1e-5)
+    assert first.largest == pytest.approx(max(float(torch.linalg.svdvals(part.dense())[0]) for part in parts), rel=1e-5)
+    assert 1 <= first.stable_rank <= 2

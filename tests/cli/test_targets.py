@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from mixtures import mixture
 from terminal import call
+from tiny import tiny_tokenizer
 
 
 def test_table_and_totals(place: Path) -> None:
@@ -72,3 +74,17 @@ def test_either_a_model_or_a_recipe(place: Path) -> None:
         spoken = call("targets", *arguments)
         assert spoken.code == 2
         assert "either a MODEL or --recipe" in spoken.err
+
+
+def test_experts_are_counted_one_by_one(tmp_path: Path) -> None:
+    mixture("qwen2_moe").save_pretrained(tmp_path / "mixture")
+    tiny_tokenizer().save_pretrained(tmp_path / "mixture")
+    spoken = call("targets", tmp_path / "mixture", "--rank", "2")
+    assert spoken.code == 0, spoken.err
+    lines = [line.split() for line in spoken.out.splitlines()]
+    assert ["experts.gate_up_proj", "2", "4", "x", "48", "x", "16", "2", "16", f"{2 * 2 * 4 * (48 + 16):,}"] in lines
+    assert "all-linear covers the fused experts" in spoken.out
+    assert "all-linear leaves routers frozen" in spoken.out
+    shown = json.loads(call("targets", tmp_path / "mixture", "--rank", "2", "--json").out)
+    assert {group["name"]: group["experts"] for group in shown["groups"]}["experts.down_proj"] == 4
+    assert len(shown["notes"]) == 2

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import file_size_limit, tiny_llama, tiny_model_dir
+from mixtures import mixture
+from tiny import file_size_limit, fill, tiny_llama, tiny_model_dir, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -217,3 +218,19 @@ def test_a_torn_write_leaves_the_old_model(
         merge({adapter: 2.0}, tmp_path / "out", base=base)
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_merged_and_saved(name: str, tmp_path: Path) -> None:
+    base = mixture(name)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    handle = attach(base, AdapterConfig(method=LoraMethod(rank=2)))
+    fill(handle, size=0.2)
+    handle.adapter("default").save(tmp_path / "one")
+    report = merge([tmp_path / "one"], tmp_path / "out", base=BaseConfig(model=str(tmp_path / "base")), dtype="float32")
+    merged = load(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(base), rtol=1e-4, atol=1e-4)
+    assert report.modules == 2 * (4 + 2)
+    assert report.rounding is not None
+    assert report.rounding < 1e-5

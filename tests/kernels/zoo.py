@@ -29,7 +29,7 @@ def _make(config: Any) -> tf.PreTrainedModel:
         model = tf.AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
             # Larger than the usual start, so that attention matters and a leak shows.
-            if parameter.ndim == 2 and "embed" not in name:
+            if (parameter.ndim == 2 and "embed" not in name) or "experts" in name:
                 parameter.data.normal_(std=0.2)
     return model.eval()
 
@@ -93,6 +93,15 @@ def gpt_oss(**changes: Any) -> tf.PreTrainedModel:
     return _make(tf.GptOssConfig(**{**COMMON, **fields, "rope_scaling": None, **changes}))
 
 
+def mixtral(**changes: Any) -> tf.PreTrainedModel:
+    return _make(tf.MixtralConfig(**{**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, **changes}))
+
+
+def qwen2_moe(**changes: Any) -> tf.PreTrainedModel:
+    sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    return _make(tf.Qwen2MoeConfig(**{**COMMON, **sizes, "num_experts": 4, "num_experts_per_tok": 2, **changes}))
+
+
 ZOO: dict[str, Callable[..., tf.PreTrainedModel]] = {
     "llama": llama,
     "mistral": mistral,
@@ -106,4 +115,6 @@ ZOO: dict[str, Callable[..., tf.PreTrainedModel]] = {
     "bloom": bloom,
     "mamba": mamba,
     "gpt_oss": gpt_oss,
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
 }

@@ -26,7 +26,10 @@ from sideroad.train.execution import Execution
 from sideroad.train.settings import TrainConfig
 
 AXES = {
-    "model": ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "opt", "gpt_oss"),
+    "model": (
+        "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "opt", "gpt_oss", "mixtral",
+        "qwen2_moe",
+    ),
     "scaling": ("alpha/r", "alpha/sqrt(r)"),
     "dropout": (0.0, 0.25),
     "bias": ("none", "adapted"),
@@ -36,7 +39,8 @@ AXES = {
     "batches": (1, 3),
     "pieces": ("eager", "compiled"),
 }
-BIASLESS = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3")
+BIASLESS = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "mixtral")
+MIXTURES = ("gpt_oss", "mixtral", "qwen2_moe")
 
 
 def possible(case: Case) -> bool:
@@ -85,7 +89,9 @@ def build(case: Case) -> tuple[nn.Module, Attached]:
     if case["targets"] == "with head":
         targets = ("re:.*(proj|fc|attn)", "lm_head")
     method = LoraMethod(rank=4, alpha=8, dropout=case["dropout"], scaling=case["scaling"])
-    handle = attach(model, AdapterConfig(targets=targets, method=method, bias=case["bias"]), seed=0)
+    # experts have no branch to drop from
+    exclude = ("*.experts.*",) if case["model"] in MIXTURES and case["dropout"] else ()
+    handle = attach(model, AdapterConfig(targets=targets, exclude=exclude, method=method, bias=case["bias"]), seed=0)
     generator = torch.Generator().manual_seed(2)
     for path, parameter in handle.parameters("default").items():
         if not path.endswith(".A"):

@@ -157,7 +157,6 @@ def test_peft_adapters_in_subdirectories_are_pointed_to(tmp_path: Path) -> None:
     [
         ({"lora_bias": True}, ("lora_bias is set", "a bias inside the pair")),
         ({"init_lora_weights": "pissa"}, ('init_lora_weights is "pissa"',)),
-        ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, ("target_parameters is set",)),
     ],
 )
 def test_what_peft_saves_and_we_lack_is_refused_by_name(

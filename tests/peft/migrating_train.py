@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 from migrating import agree, alike, own, three
-from pairs import QV, config, fill, logits, quiet, relative, tiny_gpt2
+from mixtures import mixture
+from pairs import QV, both, config, fill, logits, quiet, relative, tiny_gpt2
 from peft.optimizers import create_lorafa_optimizer as their_lorafa
 from peft.optimizers import create_loraplus_optimizer as their_loraplus
 from safetensors.torch import load_file
@@ -149,7 +150,7 @@ def m126_loraplus(folder: Path) -> None:
     assert steps(handle.model, 3, torch.optim.SGD(groups)) == pytest.approx(expected)
 
 
-def m131_lorafa(folder: Path) -> None:
+def m132_lorafa(folder: Path) -> None:
     ours, theirs, handle = three()
     other = attach(tiny_llama(), own(method=LoraMethod(rank=4, alpha=8, trains="B")))
     other.load("default", handle.adapter("default"))
@@ -226,6 +227,19 @@ def m130_kinds(folder: Path) -> None:
         other = attach(make(), ours.base_model.handle.adapter("default"))
         assert relative(says(other.model), says(theirs)) <= 1e-5
     alike({"target_modules": ["c_attn"]}, {"targets": ("c_attn",)}, tiny_gpt2)
+
+
+def m131_experts(folder: Path) -> None:
+    fields = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    ours, theirs = both(lambda: mixture("mixtral"), **fields)
+    assert relative(says(ours), says(theirs)) <= 1e-5
+    other = attach(mixture("mixtral"), ours.base_model.handle.adapter("default"))
+    assert relative(says(other.model), says(theirs)) <= 1e-5
+    assert other.adapter("default").config.targets == ("gate_up_proj", "down_proj")
+    with pytest.raises(errors.TargetError, match="other parameters belong to layers"):
+        door.get_peft_model(mixture("mixtral"), config(target_parameters=["q_proj.weight"]))
+    with pytest.warns(UserWarning, match="left out"):
+        door.get_peft_model(mixture("mixtral"), config(target_modules="all-linear"))
 
 
 def m140_other_kinds(folder: Path) -> None:

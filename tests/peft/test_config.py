@@ -22,13 +22,13 @@ VALUES: dict[str, Any] = {
     "corda_config": {"a": 1}, "lora_ga_config": {"a": 1},
     "velora_config": {"a": 1}, "alora_invocation_tokens": [], "use_qalora": True, "qalora_group_size": 8,
     "monteclora_config": {"a": 1}, "layer_replication": [(0, 1)], "runtime_config": object(), "lora_bias": True,
-    "target_parameters": ["w"], "use_bdlora": {"a": 1}, "arrow_config": {"a": 1}, "kasa_config": {"a": 1},
+    "use_bdlora": {"a": 1}, "arrow_config": {"a": 1}, "kasa_config": {"a": 1},
 }  # fmt: skip
 SUPPORTED = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "trainable_token_indices", "ensure_weight_tying", "use_dora", "eva_config",
+    "trainable_token_indices", "ensure_weight_tying", "use_dora", "eva_config", "target_parameters",
 }  # fmt: skip
 
 

@@ -74,3 +74,21 @@ def test_the_norm_is_over_all_gradients() -> None:
     assert float(optimizer.gradient_norm(named.values())) == pytest.approx(20**0.5)
     named["layers.0.q.A"].grad[0, 0] = float("nan")  # type: ignore[index]
     assert not torch.isfinite(optimizer.gradient_norm(named.values()))
+
+
+def test_a_step_passes_over_experts_that_nothing_has_visited() -> None:
+    torch.manual_seed(0)
+    one, twin = (nn.Parameter(torch.ones(6, 4)) for _ in range(2))
+    made = [optimizer.build({"e.A": parameter}, OptimConfig(lr=0.1, weight_decay=0.1)) for parameter in (one, twin)]
+    for step in range(3):
+        gradient = torch.randn(6, 4)
+        gradient[2:4] *= step != 1
+        one.grad, twin.grad = gradient.clone(), gradient.clone()
+        before = one.detach().clone()
+        with optimizer.idle_experts_kept({one: 3}):
+            made[0].step()
+        made[1].step()
+        moved = (one.detach() != before).view(3, -1).any(1).tolist()
+        assert moved == [True, step != 1, True]
+    assert torch.equal(one[:2], twin[:2])
+    assert not torch.equal(one[2:4], twin[2:4])

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sideroad.adapter import Adapter, BaseRecord
 from sideroad.analyze.spectrum import effective_rank, stable_rank
 from sideroad.config import AdapterConfig
 from sideroad.files import JSON
+from sideroad.peft_keys import EXPERTS
 from sideroad.targets import alpha_of
 
 
@@ -34,6 +36,8 @@ class ModuleReport:
         effective_rank: exp of the entropy of the singular values; 0 where the product is zero.
         stable_rank: squared Frobenius norm over squared largest singular value; 0 where the product is zero.
         largest: the largest singular value, that is the spectral norm.
+        experts: how many experts' weights are stacked in it; shapes are then those of one, ranks means over all of
+            them, `largest` the largest of any. None for other modules.
     """
 
     path: str
@@ -50,6 +54,7 @@ class ModuleReport:
     effective_rank: float
     stable_rank: float
     largest: float
+    experts: int | None = None
 
     @property
     def leaf(self) -> str:
@@ -139,23 +144,24 @@ def inspect_adapter(path: str | os.PathLike[str], *, allow_unknown: tuple[str, .
 
 def _module(adapter: Adapter, path: str) -> ModuleReport:
     A, B = (adapter.weights[path][leaf] for leaf in ("A", "B"))
-    low = adapter.lower(path)
-    values = low.singular_values().double()
+    parts = adapter.lower_by_expert(path)
+    spectra = [part.singular_values().double() for part in parts]
     return ModuleReport(
         path=path,
-        out_features=low.shape[0],
-        in_features=low.shape[1],
+        out_features=parts[0].shape[0],
+        in_features=parts[0].shape[1],
         rank=adapter.ranks[path],
         alpha=alpha_of(adapter.config, path),
         scale=adapter.scale(path),
         dtype=_name(A),
         parameters=A.numel() + B.numel(),
-        norm=float(values.square().sum().sqrt()),
+        norm=float(torch.cat(spectra).square().sum().sqrt()),
         norm_a=_norm(A),
         norm_b=_norm(B),
-        effective_rank=effective_rank(values),
-        stable_rank=stable_rank(values),
-        largest=float(values.max()),
+        effective_rank=_mean(map(effective_rank, spectra)),
+        stable_rank=_mean(map(stable_rank, spectra)),
+        largest=max(float(values.max()) for values in spectra),
+        experts=len(parts) if adapter.kinds.get(path) == EXPERTS else None,
     )
 
 

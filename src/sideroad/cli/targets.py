@@ -95,6 +95,7 @@ def _configure(start: dict[str, Any], options: list[tuple[str, Any]], overrides:
 
 
 def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
+    from sideroad.mixtures import mixture_notes
     from sideroad.survey import Survey
     from sideroad.targets import resolve
 
@@ -107,10 +108,11 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
     }  # fmt: skip
     extra = sum(count * model.get_parameter(f"{path}.weight").shape[1] for path, count in rows.items())
     biases = sum(model.get_parameter(f"{path}.bias").numel() for path in biased)
-    groups: dict[tuple[str, int, int, int, float], list[Target]] = defaultdict(list)
+    groups: dict[tuple[str, int, int, int, float, int | None], list[Target]] = defaultdict(list)
     for target in targets.values():
-        leaf = target.path.rpartition(".")[2]
-        groups[leaf, target.out_features, target.in_features, target.rank, target.alpha].append(target)
+        leaf = ".".join(target.path.split(".")[-2 if target.experts else -1 :])
+        shape = (target.out_features, target.in_features)
+        groups[leaf, *shape, target.rank, target.alpha, target.experts].append(target)
     trainable = sum(target.parameters for target in targets.values()) + biases + extra + sum(whole.values())
     base = sum(one.numel() for one in model.parameters())
     return {
@@ -130,14 +132,16 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
                 "in_features": in_features,
                 "rank": rank,
                 "alpha": alpha,
+                "experts": experts,
                 "parameters": sum(target.parameters for target in group),
             }
-            for (leaf, out_features, in_features, rank, alpha), group in groups.items()
+            for (leaf, out_features, in_features, rank, alpha, experts), group in groups.items()
         ],
         "paths": [{"path": target.path, "rank": target.rank} for target in targets.values()],
         "bias_paths": list(biased),
         "rows": rows,
         "whole": whole,
+        "notes": list(mixture_notes(survey, config, targets).lines),
     }
 
 
@@ -149,7 +153,7 @@ def _print(survey: dict[str, Any], all_paths: bool) -> None:
         (
             group["name"],
             str(group["layers"]),
-            f"{group['out_features']} x {group['in_features']}",
+            f"{group['experts']} x " * bool(group["experts"]) + f"{group['out_features']} x {group['in_features']}",
             str(group["rank"]),
             f"{group['alpha']:g}",
             f"{group['parameters']:,}",
@@ -168,6 +172,8 @@ def _print(survey: dict[str, Any], all_paths: bool) -> None:
     )
     sizes = ", ".join(f"{render.size(number)} in {name}" for name, number in file_bytes.items())
     console.print(f"adapter file {sizes}")
+    for note in survey["notes"]:
+        console.print(note, soft_wrap=True)
     for path, count in survey["rows"].items():
         console.print(f"{path}: {count} rows", soft_wrap=True)
     for path, count in survey["whole"].items():

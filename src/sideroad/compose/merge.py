@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from sideroad.base.progress import OnProgress
 from sideroad.base.quiet import quiet
 from sideroad.errors import MergeError, raise_findings
 from sideroad.files import JSON, json_text, read_json, refuse_occupied_path, replace_directory, write_bytes
+from sideroad.kinds.experts import layer_at
 from sideroad.lowrank import LowRank
 from sideroad.tensor_files import read_tensors, same_bits, shorten
 from sideroad.vocabulary import grow
@@ -193,12 +195,16 @@ def _names(values: Mapping[Path, Adapter]) -> dict[Path, str]:
     return names
 
 
-def _changes(values: Mapping[Path, Adapter], weights: Mapping[Path, float]) -> dict[str, LowRank]:
-    found: dict[str, list[LowRank]] = {}
+def _changes(values: Mapping[Path, Adapter], weights: Mapping[Path, float]) -> dict[str, list[LowRank]]:
+    """Module path → its change, in as many parts as it has experts; one for an ordinary layer."""
+    found: dict[str, list[tuple[LowRank, ...]]] = {}
     for path, value in values.items():
         for module in value.paths:
-            found.setdefault(module, []).append(value.lower(module).scaled(weights[path]))
-    return {module: reduce(LowRank.add, changes) for module, changes in found.items()}
+            parts = tuple(part.scaled(weights[path]) for part in value.lower_by_expert(module))
+            found.setdefault(module, []).append(parts)
+    return {
+        module: [reduce(LowRank.add, part) for part in zip(*changes, strict=True)] for module, changes in found.items()
+    }
 
 
 def _add(model: nn.Module, adapters: Mapping[str, tuple[Adapter, float]]) -> tuple[str, ...]:
@@ -218,14 +224,16 @@ def _refuse_infinite(model: nn.Module, target: torch.dtype) -> None:
     raise_findings(MergeError, "the merged model is not saved; choose bfloat16 or float32", shorten(findings))
 
 
-def _rounding(model: nn.Module, changes: Mapping[str, LowRank], target: torch.dtype) -> float | None:
+def _rounding(model: nn.Module, changes: Mapping[str, Sequence[LowRank]], target: torch.dtype) -> float | None:
     """Return the largest loss of a layer by rounding, relative to its change; layer by layer, nothing is kept."""
     shares = []
-    for path, change in changes.items():
-        size = change.norm()
+    for path, parts in changes.items():
+        size = math.hypot(*(part.norm() for part in parts))
         if size > 0:
-            exact = change.apply_to(read_dense(model.get_submodule(path)).double())
-            shares.append(float((exact.to(target).double() - exact).norm()) / size)
+            weights = read_dense(layer_at(model, path)).chunk(len(parts))
+            exact = [part.apply_to(weight.double()) for part, weight in zip(parts, weights, strict=True)]
+            lost = math.hypot(*(float((one.to(target).double() - one).norm()) for one in exact))
+            shares.append(lost / size)
     return max(shares, default=None)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from sideroad.kernels.products import Pair, Projection
 from sideroad.kinds import kind_of
+from sideroad.kinds.experts import expert_weights
 from sideroad.methods.dora import DoraDelta
 from sideroad.methods.lora import BiasDelta, LoraDelta
 from sideroad.methods.replaced import Replaced
@@ -31,8 +34,8 @@ def projection_of(layer: nn.Module) -> Projection | str:
     if len(live) > 1:
         return "has several adapters acting at once"
     delta, weight = live[0]
-    if isinstance(delta, DoraDelta):
-        return "has a magnitude (DoRA)"
+    if isinstance(delta, DoraDelta) and (delta.dropout or weight != 1.0):
+        return "has a magnitude (DoRA) with dropout" if delta.dropout else "has a DoRA adapter at another weight than 1"
     if not isinstance(delta, LoraDelta):
         return "its bias is trained" if isinstance(delta, BiasDelta) else "is not adapted by a pair"
     if delta.bias is not None:
@@ -40,7 +43,8 @@ def projection_of(layer: nn.Module) -> Projection | str:
     if delta.beside is not None:
         return "is tied to trained token rows"
     dropout = delta.dropout if delta.training else 0.0
-    return _plain(layer, Pair(*delta.factors(), weight * delta.scale, dropout))
+    gain = delta.gain(layer) if isinstance(delta, DoraDelta) else None
+    return replace(_plain(layer, Pair(*delta.factors(), weight * delta.scale, dropout)), gain=gain)
 
 
 def refusal(layer: nn.Module) -> str | None:
@@ -48,6 +52,8 @@ def refusal(layer: nn.Module) -> str | None:
     kind = kind_of(layer)
     if trained_whole(layer):
         return "is trained whole"
+    if expert_weights(layer):
+        return f"computes its experts itself, with changed weights ({type(layer).__name__})"
     if kind is None or not kind.linear:
         return f"is no linear layer ({type(layer).__name__})"
     if type(layer).forward is not nn.Linear.forward and isinstance(layer, nn.Linear):

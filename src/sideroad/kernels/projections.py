@@ -30,17 +30,27 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """Apply frozen layers with their pairs to one input.
 
     For the backward pass x is kept once for all layers (or what it can be made again from, see `remade.py`), and rank
-    numbers per token and pair; nothing at all where no pair is trained.
+    numbers per token and pair; nothing at all where no pair is trained. A layer with a gain keeps its output besides.
 
     Args:
         x: [..., in].
     Returns:
         one [..., out] for each layer.
     """
+    # a bias stands behind the gain
+    bare = [one if one.gain is None else replace(one, bias=None) for one in projections]
     outputs: tuple[Tensor, ...] = _Project.apply(  # type: ignore[no-untyped-call]
-        x, source_of(x), shapes_of(projections), *flatten(projections)
+        x, source_of(x), shapes_of(bare), *flatten(bare)
     )
-    return outputs
+    return tuple(_gained(y, one) for y, one in zip(outputs, projections, strict=True))
+
+
+def _gained(y: Tensor, projection: Projection) -> Tensor:
+    """Return gain · y + bias where there is a gain; y is then kept, for the gain's own gradient."""
+    if projection.gain is None:
+        return y
+    gain = projection.gain.to(y.dtype)
+    return y * gain if projection.bias is None else torch.addcmul(projection.bias, y, gain)
 
 
 class _Project(torch.autograd.Function):

@@ -7,6 +7,7 @@
 | `nn.Conv1d`, `Conv2d`, `Conv3d`       | flattened: [out, in / groups * kernel] | kinds/convolution.py |
 | subclasses that prepare their input   | likewise                               | kinds/prepared.py    |
 | projections of `nn.MultiheadAttention` | itself; substituted for the call      | kinds/attention.py   |
+| fused experts, 3-D parameters         | [experts * out, in]; substituted       | kinds/experts.py     |
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from sideroad.kinds.attention import InProjection, OutProjection
 from sideroad.kinds.convolution import Convolution
 from sideroad.kinds.embedding import Embedding
+from sideroad.kinds.experts import Experts, TransposedExperts
 from sideroad.kinds.kind import Kind
 from sideroad.kinds.linear import Linear, Transposed
 from sideroad.kinds.prepared import PreparedConvolution
@@ -25,10 +27,14 @@ __all__ = ["ALLOWED", "KINDS", "Kind", "keeps_its_promise", "kind_of"]
 
 KINDS: tuple[Kind, ...] = (
     Linear(), Transposed(), Embedding(), Convolution(), PreparedConvolution(), InProjection(), OutProjection(),
+    Experts(), TransposedExperts(),
 )  # fmt: skip
 """Every kind; no layer is claimed by two."""
 
-ALLOWED = "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d/2d/3d and the projections of nn.MultiheadAttention"
+ALLOWED = (
+    "nn.Linear, Conv1D, nn.Embedding, nn.Conv1d/2d/3d and the projections of nn.MultiheadAttention, and the weights of "
+    "fused experts"
+)
 """The kinds in words, for messages."""
 
 

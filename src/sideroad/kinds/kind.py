@@ -31,7 +31,7 @@ class Kind(Protocol):
 
     @property
     def linear(self) -> bool:
-        """Whether `all-linear` means this kind."""
+        """Whether it is a linear layer, called with its input. `all-linear` means those, and fused experts."""
 
     def claims(self, layer: nn.Module) -> bool:
         """Whether a layer is of this kind: its class, a floating-point weight of the right shape, a plain forward."""

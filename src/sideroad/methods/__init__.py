@@ -29,6 +29,7 @@ from sideroad.config import FROM_DATA, FROM_WEIGHT, AdapterConfig, init_name
 from sideroad.errors import AdapterError
 from sideroad.kinds import kind_of
 from sideroad.kinds.convolution import CLASSES, sees_all_inputs
+from sideroad.kinds.experts import Experts
 from sideroad.lowrank import LowRank
 from sideroad.methods.adalora import AdaloraDelta
 from sideroad.methods.dora import DoraDelta
@@ -60,11 +61,14 @@ MAKERS: Mapping[str, Maker] = {
 }
 """Method → its delta on a layer, from tensors by name."""
 
-BRANCHLESS = (
+_NO_BRANCH = (
     "is a projection of nn.MultiheadAttention, which reads its weight and has no branch to drop from. Set dropout to "
     "0, or leave the attention out with exclude"
 )
-"""Why there can be no dropout on a kind whose seam is its owner."""
+_NO_BRANCH_EXPERTS = (
+    "is a stacked weight of fused experts, whose forward reads it, so there is no branch to drop from. Set dropout to "
+    "0, or leave the experts out with exclude"
+)
 
 ROWS = "rows"
 """Name of the tensor that holds trained token rows, [ids, dim]."""
@@ -131,10 +135,11 @@ def objection(config: AdapterConfig, path: str, layer: nn.Module) -> str | None:
     if kind is None:
         return None
     if kind.seam == "owner" and method.dropout:
-        return f"{BRANCHLESS}; found dropout {method.dropout}"
+        return f"{_NO_BRANCH_EXPERTS if isinstance(kind, Experts) else _NO_BRANCH}; found dropout {method.dropout}"
     if kind.seam == "owner" and method.kind == "dora":
         return f"is a weight that its owner's forward reads ({type(layer).__name__}); DoRA scales outputs. Exclude it"
     several = slices_of(config, path) is not None or (isinstance(layer, CLASSES) and layer.groups > 1)
+    several = several or isinstance(kind, Experts)
     named = init_name(method.init)
     alone = getattr(method, "trains", "both") == "B"
     if isinstance(layer, nn.Embedding) and (method.kind == "dora" or alone):
@@ -142,7 +147,8 @@ def objection(config: AdapterConfig, path: str, layer: nn.Module) -> str | None:
         return f"is an embedding, {why}: {'trains: B' if alone else 'DoRA'} cannot act on it. Exclude it"
     if several and (method.kind != "lora" or alone or named in FROM_WEIGHT + FROM_DATA):
         what = method.kind if method.kind != "lora" else "trains: B" if alone else f"init: {named}"
-        return f"has a pair for each of its slices or groups, which {what} does not know. Exclude it, or use plain LoRA"
+        parts = "experts" if isinstance(kind, Experts) else "slices or groups"
+        return f"has a pair for each of its {parts}, which {what} does not know. Exclude it, or use plain LoRA"
     if named in FROM_DATA and not kind.linear:
         return f"is a {type(layer).__name__}; init: {named} looks at linear layers only. Exclude it"
     return None

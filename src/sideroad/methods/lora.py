@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from sideroad.errors import MergeError
 from sideroad.kinds import Kind, kind_of
+from sideroad.kinds.changed_weight import Pair
 from sideroad.kinds.convolution import CLASSES, sees_all_inputs
+from sideroad.kinds.experts import Experts, per_expert
 from sideroad.kinds.linear import Linear
 from sideroad.lowrank import LowRank
 from sideroad.methods.rows import TiedRows
@@ -131,10 +133,24 @@ class LoraDelta(nn.Module):
         """Return weight + factor · s · B A, in fp32 or wider and with gradients; for weights that others read.
 
         Args:
-            weight: [out, in] as `kind` stores it.
+            weight: as `kind` stores it: [out, in], or one such matrix for each expert.
         """
-        A, B = self.matrix_pair(torch.promote_types(weight.dtype, torch.float32))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if isinstance(self.kind, Experts):
+            A, B = self.factors()
+            return self.kind.changed(weight.to(wide), A.to(wide), B.to(wide), factor * self.scale)
+        A, B = self.matrix_pair(wide)
         return torch.addmm(weight.to(A.dtype), B, A, alpha=factor)
+
+    def expert_pair(self, weight: Tensor, factor: float) -> Pair:
+        """Return factor · s · B A of each expert as the experts' own products take it, in the weight's dtype.
+
+        Args:
+            weight: stacked, as `kind` stores it.
+        """
+        assert isinstance(self.kind, Experts), "only experts have such pairs"
+        A, B = self.factors()
+        return self.kind.pair(A.to(weight.dtype), B.to(weight.dtype), weight.shape[0], factor * self.scale)
 
     def changed(self, layer: nn.Module) -> tuple[str, ...]:
         """Return the names of the layer's tensors that a merge writes."""
@@ -154,6 +170,14 @@ class LoraDelta(nn.Module):
             )
         A, B = self.matrix_pair(torch.float32)
         return LowRank(A.detach(), B.detach())
+
+    def bound(self, layer: nn.Module) -> float:
+        """Return a number that no entry of the weight's change exceeds in size; NaN where one is."""
+        if not isinstance(self.kind, Experts):
+            return self.lower(layer).bound()
+        A, B = (one.detach().double() for one in self.factors())
+        A, B = per_expert(A, B, A.shape[0] // B.shape[1])
+        return abs(self.scale) * float((B.norm(dim=2).amax(1) * A.norm(dim=1).amax(1)).amax())
 
     def extra_repr(self) -> str:
         """Show rank, scale and dropout in the model's printout."""

@@ -72,7 +72,7 @@ def _targets(said: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {value!r}; expected a list of names, one string (a regular expression), or None"
     wanted = said["target_modules"]
     if wanted is not None and not isinstance(wanted, str) and _strings(wanted):
-        if not wanted:
+        if not wanted and not said["target_parameters"]:
             yield 'target_modules is empty, so nothing would be adapted; name modules, or give "all-linear" or None'
         elif any(not name.strip() for name in wanted):
             yield "target_modules has an empty name"

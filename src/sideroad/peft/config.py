@@ -174,6 +174,7 @@ class LoraConfig(PeftConfig):
     runtime_config: Any = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
+    """Names of the stacked weights of fused experts (`experts.gate_up_proj`): exact, or a dotted end of a path."""
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None

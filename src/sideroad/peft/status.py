@@ -10,6 +10,7 @@ from torch import nn
 
 from sideroad.attaching import attached
 from sideroad.errors import AdapterError
+from sideroad.kinds.experts import ExpertWeight, layer_at
 from sideroad.methods import parameters_of
 from sideroad.methods.lora import BiasDelta
 from sideroad.methods.replaced import Replaced
@@ -79,7 +80,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             delta = find_delta(base, path, name)
             if not isinstance(delta, BiasDelta):
                 present.setdefault(path, {})[name] = list(parameters_of(delta).values())
-                words.setdefault(path, _word(delta, base.get_submodule(path)))
+                words.setdefault(path, _word(delta, layer_at(base, path)))
     return [
         TunerLayerStatus(
             name=f"{'' if tuner is None else 'model.'}{path}{'.token_adapter' if words[path] == TOKENS else ''}",
@@ -92,7 +93,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             devices={name: sorted({p.device.type for p in found}) for name, found in present[path].items()},
             quantization_backend=None,
         )
-        for path, _ in base.named_modules()
+        for path in handle.survey().modules
         if path in present
     ]
 
@@ -100,6 +101,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 def _word(delta: nn.Module, layer: nn.Module) -> str:
     if isinstance(delta, Replaced):
         return "ModulesToSaveWrapper"
+    if isinstance(layer, ExpertWeight):
+        return "lora.ParamWrapper"
     return TOKENS if isinstance(delta, RowsDelta) else f"lora.{type(layer).__name__}"
 
 

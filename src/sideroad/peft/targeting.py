@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,10 +47,11 @@ def settle(config: LoraConfig, model: nn.Module) -> LoraConfig:
     changes["modules_to_save"] = _whole_names(changes.get("modules_to_save"), survey)
     settled = replace(config, **changes)
     if settled.target_modules is None:
-        settled.target_modules = _default(survey)
+        settled.target_modules = set() if settled.target_parameters else _default(survey)
     elif _is_all_linear(settled.target_modules):
         linear = _all_linear(settled, model, survey)
-        others = [path for path in survey.modules if path and survey.canonical[path] not in linear]
+        others = [path for path in survey.called if path and survey.canonical[path] not in linear]
+        _warn_of_experts(settled, survey)
         names = shortest_names(linear, others)
         settled.target_modules = set(linear if any(name.startswith("re:") for name in names) else names)
     return settled
@@ -67,7 +69,9 @@ def adapter_config(config: LoraConfig, model: nn.Module, *, autocast: bool) -> A
     survey = Survey(model)
     fields = plain(vars(config))
     fields["exclude_modules"], fields["target_modules"] = _present(config, survey, fields)
-    paths = _with_outputs(chosen_paths(config, survey, fields), survey)
+    stacked = _stacked(config, survey)
+    chosen = {*_with_outputs(chosen_paths(config, survey, fields, some=bool(stacked)), survey), *stacked}
+    paths = [path for path in survey.adaptable if path in chosen]
     return _at(our_targets(fields, paths, survey.kind_names(paths)), config, paths, model, autocast)
 
 
@@ -76,16 +80,18 @@ def adapter_config_at(config: LoraConfig, model: nn.Module, paths: list[str], *,
     return _at(our_targets({"target_modules": paths}, paths), config, paths, model, autocast)
 
 
-def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) -> list[str]:
+def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any], *, some: bool = False) -> list[str]:
     """Return the paths that PEFT's rules choose, each module once, in the model's order.
 
+    Args:
+        some: something is adapted besides (`target_parameters`), so there may be none.
     Raises:
         TargetError: none are left, or some cannot be adapted.
     """
     whole = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
     paths = [
         path
-        for path in survey.modules
+        for path in survey.called
         if path and survey.canonical[path] == path
         and fields["target_modules"] and is_target(dict(fields), path)
         and not any(one.match(path) for one in whole)
@@ -97,7 +103,7 @@ def chosen_paths(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) 
     ]
     if len(wrong) > 3:
         findings.append(f"and {len(wrong) - 3} more that cannot be adapted")
-    if not paths:
+    if not (paths or some):
         findings.append(
             f"target_modules {_shown(config.target_modules)} mean no module of {survey.model_name}, with what "
             f"exclude_modules, layers_to_transform and modules_to_save leave.{_listed(config)} {survey.found()}"
@@ -149,7 +155,7 @@ def _present(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) -> t
         if not isinstance(value, list):
             kept.append(value)
             continue
-        unmatched = [one for one in value if not any(ends(path, one) for path in survey.modules if path)]
+        unmatched = [one for one in value if not any(ends(path, one) for path in survey.called if path)]
         kept.append([one for one in value if one not in unmatched])
         findings += [
             f'{name}: "{one}" matches no module of {survey.model_name}.'
@@ -209,14 +215,44 @@ def _used(config: LoraConfig, name: str, paths: list[str]) -> dict[str, Any]:
     return {key: value for key, value in pattern.items() if key not in unmatched}
 
 
+def _stacked(config: LoraConfig, survey: Survey) -> list[str]:
+    """Return the paths of stacked weights of fused experts that `target_parameters` mean.
+
+    Raises:
+        TargetError: a name that means none.
+    """
+    names = list(config.target_parameters or ())
+    unmatched = [name for name in names if not any(ends(path, name) for path in survey.experts)]
+    findings = [
+        f'target_parameters: "{name}" means no stacked weight of experts in {survey.model_name}.'
+        f"{did_you_mean(name, survey.experts)} There are: "
+        f"{', '.join(dict.fromkeys('.'.join(path.split('.')[-2:]) for path in survey.experts)) or 'none'}; other "
+        "parameters belong to layers, which target_modules name. Take it out, or set allow_unmatched=True"
+        for name in unmatched
+        if not config.allow_unmatched
+    ]
+    raise_findings(TargetError, f"target_parameters for {survey.model_name}", findings)
+    return [path for path in survey.experts if any(ends(path, name) for name in names)]
+
+
+def _warn_of_experts(config: LoraConfig, survey: Survey) -> None:
+    left = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in survey.experts))
+    if left and not config.target_parameters:
+        warnings.warn(
+            f'"all-linear" means linear layers; the fused experts of {survey.model_name} ({", ".join(left)}) are no '
+            f"such layers and are left out. To adapt them too: target_parameters={left!r}.",
+            stacklevel=4,
+        )
+
+
 def _default(survey: Survey) -> set[str]:
-    names = default_names(survey.modules)
+    names = default_names(survey.called)
     if names is None:
         raise TargetError(
             f"target_modules is None, and {survey.model_name} has no layers of the usual names to choose. "
             f'{survey.found()} Name some, or give "all-linear".'
         )
-    meant = [path for path in survey.modules if survey.canonical[path] == path and path.rpartition(".")[2] in names]
+    meant = [path for path in survey.called if survey.canonical[path] == path and path.rpartition(".")[2] in names]
     good = [path for path in meant if path in survey.adaptable]
     return set(names if len(good) == len(meant) else good)
 
@@ -238,7 +274,7 @@ def _whole_names(names: list[str] | None, survey: Survey) -> list[str] | None:
     """Return names of whole parts of paths for what PEFT means by these: `norm` is any name that ends so, to PEFT."""
     found: dict[str, None] = {}
     for name in names or ():
-        hits = [path for path in survey.modules if path.endswith(name)]
+        hits = [path for path in survey.called if path.endswith(name)]
         length = name.count(".") + 1
         found |= dict.fromkeys(".".join(path.split(".")[-length:]) for path in hits) if hits else {name: None}
     return list(found) if names is not None else None

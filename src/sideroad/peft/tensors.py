@@ -13,8 +13,10 @@ from sideroad.attaching import attached
 from sideroad.errors import AdapterError, ConfigError, raise_findings
 from sideroad.folding import fold, unfold
 from sideroad.handle import Attached
+from sideroad.kinds.experts import ExpertWeight, layer_at
 from sideroad.peft.unwrapping import tuner_of
-from sideroad.peft_keys import ROOT, from_tensors, to_tensors
+from sideroad.peft_experts import fold_experts, unfold_experts
+from sideroad.peft_keys import EXPERTS, ROOT, from_tensors, to_tensors
 from sideroad.route import CHILD, deltas_of, escape
 
 State = dict[str, dict[str, Tensor]]
@@ -42,8 +44,8 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors by PEFT's names; they share memory with the model's, unless a start is subtracted:
-    then they are pairs of twice the rank, as in files.
+    """Return an adapter's tensors by PEFT's names; they share memory with the model's, but for experts' B, and pairs
+    whose start is subtracted: those are of twice the rank, as in files.
 
     Args:
         model: a PeftModel, or a model with injected adapters, whose names then have no `base_model.model.`.
@@ -61,7 +63,8 @@ def get_peft_model_state_dict(
     weights: Mapping[str, Mapping[str, Tensor]] = parts.weights
     if any(leaves.keys() & {"A0", "E"} for leaves in weights.values()):
         weights = fold(handle.adapter(adapter_name).config, weights)[1]
-    named = to_tensors(weights, parts.modules, handle.survey().kind_names(parts.weights))
+    kinds = handle.survey().kind_names(weights)
+    named = to_tensors(fold_experts(weights, kinds), parts.modules, kinds)
     return named if prefix else {key.removeprefix(ROOT): tensor for key, tensor in named.items()}
 
 
@@ -87,7 +90,9 @@ def set_peft_model_state_dict(
     value = handle.adapter(adapter_name)
     found = from_tensors(named, list(value.modules))
     broken = [key for key, one in named.items() if one.is_floating_point() and not bool(torch.isfinite(one).all())]
-    findings = found.findings + [f"{key} has values that are NaN or infinite" for key in broken]
+    stacked = [path for path, kind in value.kinds.items() if kind == EXPERTS]
+    findings = found.findings + unfold_experts(found, stacked, lambda path: value.ranks.get(path, 1))
+    findings += [f"{key} has values that are NaN or infinite" for key in broken]
     raise_findings(AdapterError, "the state dict cannot be loaded", findings)
     weights = unfold(value.config, found.weights) or found.weights
     handle.load(adapter_name, replace(value, weights=weights, modules=found.modules))
@@ -136,7 +141,9 @@ def gathered(handle: Attached, name: str, state_dict: Mapping[str, Tensor], pref
     for here, there, inner in ((live.weights, found.weights, ""), (live.modules, found.modules, "copy.")):
         for path, leaves in here.items():
             for leaf in leaves:
-                key = f"{prefix}{path}.{CHILD}.{escape(name)}.{inner}{leaf}"
+                layer = layer_at(handle.model, path)
+                at, own = (path.rpartition(".")[0], f"{layer.name}.") if isinstance(layer, ExpertWeight) else (path, "")
+                key = f"{prefix}{at}.{CHILD}.{escape(name)}.{own}{inner}{leaf}"
                 if key in state_dict:
                     there.setdefault(path, {})[leaf] = state_dict[key].detach()
                 else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,27 @@ def build(
     # hundreds of small tensors: one call for all instead of eight for each
     fused = {parameter.device.type for parameter in parameters.values()} <= {"cpu", "cuda"}
     return AdamW(groups, betas=config.betas, eps=config.eps, fused=True if fused else None, foreach=None)
+
+
+@contextmanager
+def idle_experts_kept(stacked: Mapping[nn.Parameter, int]) -> Iterator[None]:
+    """Let a step inside the block pass over experts that no token has visited since the last one.
+
+    Their gradient is exactly zero, yet AdamW's momentum and weight decay would move them. Their moments decay as ever.
+
+    Args:
+        stacked: parameters that hold a pair for each expert, the expert slowest → how many experts.
+    """
+    kept = []
+    for parameter, count in stacked.items():
+        if parameter.grad is not None:
+            idle = parameter.grad.view(count, -1).any(1).logical_not()
+            rows = idle.repeat_interleave(parameter.shape[0] // count)[:, None]
+            kept.append((parameter, rows, parameter.detach().clone()))
+    yield
+    with torch.no_grad():
+        for parameter, idle, before in kept:
+            parameter.copy_(torch.where(idle, before, parameter))
 
 
 def set_rate(optimizer: AdamW, factor: float) -> float:

@@ -14,6 +14,7 @@ from sideroad.config import FROM_DATA, init_name
 from sideroad.errors import CheckpointError
 from sideroad.kernels.isolation import packing
 from sideroad.methods.budget import budget_for
+from sideroad.mixtures import stacked_parameters
 from sideroad.train import checkpoint
 from sideroad.train.environment import differences
 from sideroad.train.events import Event, Finished, Note, Planned, Result
@@ -144,6 +145,7 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
         steps=len(plan),
         seed=seed,
         budget=budget_for(setup.attached.deltas(NAME), recipe.adapter.method, len(plan)),
+        experts=stacked_parameters(setup.attached.survey(), parameters),
     )
     restored = _restore(place, setup, stepper, watchdog, emit) if begun else None
     fresh = Progress(loss_scale=LARGEST_SCALE if setup.base.dtype == torch.float16 else 1.0)

@@ -21,6 +21,7 @@ from sideroad.data.sharing import group
 from sideroad.errors import ConfigError, TrainingError
 from sideroad.kernels.frozen_part import blocks_below
 from sideroad.kernels.isolation import PackingRoute, choose_route
+from sideroad.mixtures import mixture_notes
 from sideroad.train.choosing import choose_execution, short_row
 from sideroad.train.environment import describe
 from sideroad.train.events import Event, Note
@@ -80,6 +81,8 @@ def prepare(
     base = _load_base(recipe, recorded, offline=offline, emit=emit)
     data = _load_data(recipe, base, offline=offline, emit=emit)
     attached = _attach(recipe, base, data, begun)
+    for note in mixture_notes(attached.survey(), recipe.adapter, attached.paths(NAME)).lines:
+        emit(Note(note))
     if recipe.train.gradient_checkpointing:
         _enable_checkpointing(base)
     route = _choose_route(recipe, base, recorded, emit)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sideroad.kinds import kind_of
+from sideroad.kinds.experts import expert_weights
 from sideroad.route import walk
 
 _ROWS = 512
@@ -72,6 +73,8 @@ def work_of(model: nn.Module, trained: int, below: Sequence[nn.Module] = (), *, 
         kind = kind_of(module) if module is not head else None
         if kind is not None and kind.linear:
             counts["below" if module in lower else "body"] += module.get_parameter("weight").numel()
+        for name in expert_weights(module):
+            counts["below" if module in lower else "body"] += module.get_parameter(name).numel()
     in_head = head.weight.numel() if head is not None else 0
     return Work(counts["body"], 0 if kept else counts["below"], in_head, trained)
 

@@ -47,6 +47,8 @@ class Stepper:
         budget: of an AdaLoRA adapter; None for the others.
         steps: length of the run, for the schedule.
         seed: of dropout, from which every micro-batch derives its own.
+        experts: name of a parameter that holds a pair for each of several experts → how many; in a step in which no
+            token visits an expert, its pair stays as it is.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Stepper:
         steps: int,
         seed: int,
         budget: Budget | None = None,
+        experts: Mapping[str, int] | None = None,
     ) -> None:
         paths = {name.rpartition(".")[0] for name in parameters}
         looked_up = {path for path, one in model.named_modules() if path in paths and isinstance(one, nn.Embedding)}
@@ -68,6 +71,7 @@ class Stepper:
         self._named = dict(parameters)
         self._model = model
         self._parameters = list(parameters.values())
+        self._experts = {parameters[name]: count for name, count in (experts or {}).items()}
         self._config = config
         self._watchdog = watchdog
         self._loss_of = loss_of
@@ -107,7 +111,8 @@ class Stepper:
         adamw.set_rate(self.optimizer, factor(self._config, prepared.progress.step, self._steps))
         if self.budget is not None:
             self.budget.observe()
-        self.optimizer.step()
+        with adamw.idle_experts_kept(self._experts):
+            self.optimizer.step()
         if self.budget is not None:
             self.budget.prune(prepared.progress.step + 1)
 
