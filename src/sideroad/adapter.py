@@ -20,6 +20,7 @@ from sideroad.folding import acting_pair, fold, unfold
 from sideroad.kinds.experts import per_expert
 from sideroad.lowrank import LowRank
 from sideroad.pairs import blocks, matrices, out_of, slices_of
+from sideroad.peft_adalora import KIND, plain_fields, plain_tensors
 from sideroad.peft_experts import fold_experts, unfold_experts
 from sideroad.peft_fields import shown
 from sideroad.peft_format import (
@@ -149,6 +150,8 @@ class Adapter:
         fields = read_json(directory / CONFIG)
         source = find_weights(directory)
         tensors = read_sharded(source) if source.name.endswith(".json") else read_tensors(source)
+        if fields.get("peft_type") == KIND:
+            fields, tensors = plain_fields(fields), plain_tensors(tensors)
         found = from_tensors(tensors, saved_names(fields))
         fields, found.weights = unfold_slices(fields, found.weights)
         findings = found.findings + unfold_experts(found, names_in(fields), lambda path: said_rank(fields, path))

@@ -47,7 +47,7 @@ def unfold(config: AdapterConfig, weights: Weights) -> dict[str, dict[str, Tenso
     found = {path: dict(leaves) for path, leaves in weights.items()}
     starts = init_name(config.method.init) in SUBTRACTED
     for path, leaves in found.items():
-        if "A" not in leaves:
+        if not {"A", "B"} <= leaves.keys():
             continue
         A, B, parts = leaves["A"], leaves["B"], slices_of(config, path)
         if starts:

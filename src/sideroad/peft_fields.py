@@ -46,7 +46,8 @@ REFUSED: Mapping[str, str] = {
 """Fields that change the mathematics when set → what they are."""
 
 TYPES_REFUSED: Mapping[str, str] = {
-    "ADALORA": "pairs with singular values", "LOHA": "Hadamard products", "LOKR": "Kronecker products",
+    "ADALORA": "pairs with singular values; files are read if init_r, lora_alpha, rank_pattern are as in PEFT",
+    "LOHA": "Hadamard products", "LOKR": "Kronecker products",
     "IA3": "rescaled activations", "PREFIX_TUNING": "a trained prefix", "PROMPT_TUNING": "a soft prompt",
     "P_TUNING": "a soft prompt", "VERA": "shared random factors", "OFT": "orthogonal rotations",
     "BOFT": "orthogonal rotations", "XLORA": "a mixture of adapters", "LN_TUNING": "trained norms",
@@ -54,19 +55,26 @@ TYPES_REFUSED: Mapping[str, str] = {
 
 ONLY_NEW: Mapping[str, str] = {
     "megatron_config": "Megatron's parallel layers", "megatron_core": "Megatron's parallel layers",
-    "loftq_config": "options of LoftQ", "eva_config": "options of EVA", "corda_config": "options of CorDA",
+    "loftq_config": "options of LoftQ", "corda_config": "options of CorDA",
     "lora_ga_config": "options of LoRA-GA", "qalora_group_size": "the group size of QA-LoRA",
     "runtime_config": "offloading while an adapter is made",
 }  # fmt: skip
 """Fields that say nothing about a finished adapter, but that a new one would be made by → what they are."""
 
+INITS: Mapping[bool | str, str] = {
+    True: "kaiming", False: "random", "gaussian": "gaussian", "pissa": "pissa", "pissa_niter_16": "pissa-fast",
+    "olora": "olora", "eva": "eva",
+}  # fmt: skip
+"""PEFT's words for the starts that a new adapter can have → ours."""
+
 INITS_UNKNOWN: Mapping[str, str] = {
-    "pissa": "PiSSA, principal singular vectors of the weight", "olora": "OLoRA, a QR decomposition of the weight",
+    "pissa_niter_": "PiSSA from a randomised SVD, which makes 16 iterations here: pissa_niter_16",
     "corda": "CorDA, directions of a data set", "loftq": "LoftQ, the error of quantisation",
-    "lora_ga": "LoRA-GA, the first gradients", "eva": "EVA, singular vectors of the inputs",
+    "lora_ga": 'LoRA-GA, the first gradients; sideroad.attach(..., batches=[...]) with LoraMethod(init="lora-ga") has '
+    "it, and PeftModel.from_pretrained reads what that saves",
     "orthogonal": "orthogonal factors", "mica": "MiCA, minor singular vectors of the weight",
 }  # fmt: skip
-"""Starts of PEFT's that cannot be made yet → what they are; a finished adapter may have come from some of them."""
+"""Starts of PEFT's that cannot be made by its words → what they are; a finished adapter may have come from some."""
 
 _INITS_HARMLESS = ("gaussian", "eva", "orthogonal", "mica")
 _INITS_REFUSED = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -126,12 +134,19 @@ def unsupported(fields: Mapping[str, Any]) -> list[str]:
         if fields.get(name, HARMLESS[name]) not in (None, HARMLESS[name])
     ]
     init = fields.get("init_lora_weights", True)
-    if init is True or init is False or init == "gaussian":
+    if can_start(init):
         return findings
     known = next((what for name, what in INITS_UNKNOWN.items() if str(init).lower().startswith(name)), None)
-    hint = "" if known else did_you_mean(str(init), ("gaussian", *INITS_UNKNOWN))
+    words = [word for word in INITS if isinstance(word, str)]
+    hint = "" if known else did_you_mean(str(init), (*words, *INITS_UNKNOWN))
     what = f" ({known}), which is not supported yet" if known else ", which is not known"
-    return [*findings, f'init_lora_weights is {shown(init)}{what}; allowed: True, False, "gaussian".{hint}']
+    allowed = ", ".join(["True", "False", *(f'"{word}"' for word in words)])
+    return [*findings, f"init_lora_weights is {shown(init)}{what}; allowed: {allowed}.{hint}"]
+
+
+def can_start(init: object) -> bool:
+    """Whether a new adapter can have this value of `init_lora_weights`."""
+    return isinstance(init, bool | str) and init in INITS
 
 
 def init_of(fields: Mapping[str, Any], kept: dict[str, Any], source: str) -> tuple[str, list[str]]:

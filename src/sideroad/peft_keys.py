@@ -43,14 +43,15 @@ _PARAMETER = re.compile(r"(?:\.base_layer)+\.(?P<leaf>lora_[AB]\.weight)$")
 _REFUSED = {
     "lora_B.bias": "a bias inside the pair (lora_bias); not supported yet",
     "lora_A.bias": "a bias inside the pair; not supported",
-    "lora_E": "an AdaLoRA singular value; AdaLoRA is not supported yet",
-    "lora_ranknum": "an AdaLoRA rank count; AdaLoRA is not supported yet",
+    "lora_E": "an AdaLoRA singular value without its pair, or in a file whose peft_type is not ADALORA",
+    "lora_ranknum": "an AdaLoRA rank count, which its files do not hold",
     "vera_lambda": "a VeRA vector; VeRA is not supported",
     "hada_w": "a LoHa factor; LoHa is not supported",
     "lokr_w": "a LoKr factor; LoKr is not supported",
     "ia3_l": "an IA3 vector; IA3 is not supported",
     "prompt_embeddings": "a soft prompt; prompt tuning is not supported",
 }
+_OF_EMBEDDING = "the DoRA magnitude of an embedding; DoRA on embeddings is not supported"
 
 
 @dataclass
@@ -156,6 +157,9 @@ def from_tensors(tensors: Mapping[str, Tensor], saved: Collection[str] = ()) -> 
         where[placed.leaf] = tensor * TWICE if (placed.kind, placed.leaf) == (OUTPUT, "B") else tensor
         if placed.kind:
             found.kinds[placed.path] = placed.kind
+    for path, kind in found.kinds.items():
+        if kind == EMBEDDING and found.weights.get(path, {}).pop("magnitude", None) is not None:
+            refused.setdefault(_OF_EMBEDDING, []).append(module_key(path, "magnitude"))
     found.findings = [f"{_some(keys)}: {what}" for what, keys in refused.items()]
     found.weights, found.modules = (
         {path: {leaf: state[path][leaf] for leaf in sorted(state[path])} for path in sorted(state, key=path_order)}

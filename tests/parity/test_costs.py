@@ -1,4 +1,4 @@
-"""Defects of PEFT that cost time or memory (D6, D14, D24 of the reference, by number and thread), as contracts."""
+"""Defects of PEFT that cost time or memory (D6, D14, D16, D24 of the reference, by number and thread), as contracts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from sideroad import peft as door
 from sideroad import survey
 from sideroad.adapter import Adapter
 from sideroad.attaching import attach
-from sideroad.config import AdapterConfig, LoraMethod
+from sideroad.config import AdapterConfig, DoraMethod, LoraMethod
+from sideroad.methods import dora
 
 
 class Counter(TorchDispatchMode):
@@ -85,6 +86,44 @@ def test_d14_agilerl623_projections_of_one_input_keep_that_input_once(face: str)
     assert own == {torch.float32}
     x = torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True)
     assert saved_bytes(lambda: model(x), model) <= 1.15 * x.nbytes
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not any(one.alias_info for one in func._schema.returns):
+            made = found if isinstance(found, tuple | list) else [found]
+            self.elements = max([self.elements, *(one.numel() for one in made if isinstance(one, Tensor))])
+        return found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("face", ["core", "door"])
+def test_d16_peft2651_a_step_of_dora_makes_nothing_of_the_size_of_the_weight(
+    face: str, dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width, rank, rows = 256, 4, 8
+    # a 16-bit weight is looked at in pieces of this many elements
+    monkeypatch.setattr(dora, "_BLOCK", 16 * width)
+    model: Any = nn.Sequential(nn.Linear(width, width, dtype=dtype))
+    if face == "core":
+        attach(model, AdapterConfig(targets="0", method=DoraMethod(rank=rank, dropout=dropout)))
+    else:
+        fields: dict[str, Any] = {"use_dora": True, "target_modules": ["0"], "lora_dropout": dropout}
+        model = door.get_peft_model(model, door.LoraConfig(r=rank, **fields))
+    model.train()
+    x = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    with Largest() as largest:
+        model(x).square().sum().backward()
+    assert largest.elements <= 16 * width < width * width
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("face", ["core", "door"])

@@ -1,7 +1,7 @@
 """Defects of PEFT (D1 to D29 of the reference, by number and thread) as contracts of ours, seen from the outside.
 
-Those of cost are in test_costs.py; those of features that are not here yet (combining, quantised bases, DoRA,
-hot-swapping, experts) have no test.
+Those of cost are in test_costs.py; those of features that are not here yet (combining, quantised bases, hot-swapping,
+experts) have no test.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sideroad
 from sideroad import peft as door
 from sideroad.adapter import Adapter
 from sideroad.attaching import Attached, attach, attached
-from sideroad.config import AdapterConfig, LoraMethod
+from sideroad.config import AdapterConfig, DoraMethod, LoraMethod
 from sideroad.errors import AdapterError, MergeError, TargetError
 from sideroad.tensor_files import read_tensors, same_bits
 
@@ -188,7 +188,7 @@ def test_d19_peft3766_an_adapter_is_in_the_mode_of_its_model(training: bool) -> 
 def test_d20_peft1929_the_base_is_never_written_and_comes_back_whole() -> None:
     model = tiny_llama()
     before, says, flags = bits(model), logits(model), [one.requires_grad for one in model.parameters()]
-    for init in ("kaiming", "gaussian", "random"):
+    for init in ("kaiming", "gaussian", "random", "pissa", "pissa-fast", "olora"):
         config = QV.model_copy(update={"method": LoraMethod(rank=4, init=init)})
         handle = attach(model, config, init)
         now = model.state_dict()
@@ -198,6 +198,28 @@ def test_d20_peft1929_the_base_is_never_written_and_comes_back_whole() -> None:
     assert unchanged(before, model)
     assert torch.equal(logits(model), says)
     assert [one.requires_grad for one in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_d20_peft1929_a_start_from_the_weight_breaks_no_other_adapter(init: str, tmp_path: Path) -> None:
+    handle = filled(tiny_llama(), "a")
+    alone = logits(handle.model)
+    config = QV.model_copy(update={"method": LoraMethod(rank=4, alpha=8, init=init)})
+    attach(handle.model, config, "started", seed=2)
+    assert torch.equal(logits(handle.model), alone)
+    fill(handle, "started")
+    handle.activate("started")
+    says = logits(handle.model)
+    handle.adapter("started").save(tmp_path / "started")
+    # its file is for the published base, on which the other one is right too
+    other = filled(tiny_llama(), "a")
+    attach(other.model, Adapter.load(tmp_path / "started"), "started")
+    assert torch.equal(logits(other.model), alone)
+    other.activate("started")
+    assert torch.equal(logits(other.model), says)
+    for name, wanted in (("a", alone), ("started", says)):
+        with other.merged(name):
+            torch.testing.assert_close(logits(other.model), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_d20_peft940_attaching_twice_gives_the_same_handle_and_wrapping_twice_is_refused() -> None:
@@ -250,6 +272,27 @@ def test_d23_peft2898_a_new_token_costs_one_row(tmp_path: Path) -> None:
     stored = read_tensors(tmp_path / "a/adapter_model.safetensors")
     assert [tuple(one.shape) for one in stored.values()] == [(1, 32)]
     assert handle.adapter("a").parameters == 32
+
+
+@pytest.mark.parametrize("face", ["core", "door"])
+def test_d25_peft3608_two_dora_adapters_on_one_layer_are_refused_so_merged_is_unmerged(face: str) -> None:
+    dora = QV.model_copy(update={"method": DoraMethod(rank=4, alpha=8)})
+    handle = filled(tiny_llama(), "a", "b", config=dora)
+    filled(handle.model, "plain")
+    fill(attach(handle.model, dora.model_copy(update={"targets": ("up_proj",)}), "elsewhere"), "elsewhere")
+    if face == "door":
+        model = door.get_peft_model(tiny_llama(), door_config(use_dora=True))
+        model.add_adapter("b", door_config(use_dora=True))
+        with pytest.raises(AdapterError, match="both DoRA adapters of model"):
+            model.base_model.set_adapter(["default", "b"])
+    for switch in (handle.activate, handle.merge, lambda names: handle.using(names).__enter__()):
+        with pytest.raises(AdapterError, match=r'"a" and "b" are both DoRA adapters of model.*one magnitude'):
+            switch(("a", "b"))
+    for together in (("a",), ("b", "plain"), ("plain", "b", "elsewhere")):
+        handle.activate(together)
+        apart = logits(handle.model)
+        with handle.merged():
+            torch.testing.assert_close(logits(handle.model), apart, rtol=1e-5, atol=1e-5)
 
 
 def test_d26_layers_that_share_a_weight_are_refused_and_a_layer_under_two_paths_is_right() -> None:

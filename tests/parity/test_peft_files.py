@@ -44,6 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d all": ("gpt2", {"target_modules": "all-linear"}),
     "bias adapted": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only"}),
     "bias all": ("gpt2", {"target_modules": ["attn.c_proj"], "bias": "all"}),
+    "dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "lora_alpha": 5}),
+    "dora conv1d": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True, "use_rslora": True}),
 }
 
 
@@ -153,7 +155,6 @@ def test_peft_adapters_in_subdirectories_are_pointed_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"use_dora": True}, ("use_dora is set", "DoRA is not supported yet")),
         ({"lora_bias": True}, ("lora_bias is set", "a bias inside the pair")),
         ({"init_lora_weights": "pissa"}, ('init_lora_weights is "pissa"',)),
     ],
@@ -199,3 +200,50 @@ def test_a_copied_head_is_compared_with_the_base(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(base), logits(model), rtol=1e-5, atol=1e-5)
     value.save(tmp_path / "ours")
     assert not [key for key in read_tensors(tmp_path / "ours/adapter_model.safetensors") if "base_layer" in key]
+
+
+def adalora(steps: int, **fields: Any) -> Any:
+    """PEFT's AdaLoRA after some of its 8 steps, of which the sixth is the last that takes ranks away."""
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=1, tinit=1, tfinal=2, deltaT=1, total_step=8, task_type="CAUSAL_LM",
+        **{"target_modules": ["q_proj", "v_proj", "up_proj"], "lora_alpha": 5, **fields},
+    )  # fmt: skip
+    model = peft.get_peft_model(tiny_llama(), config)
+    draw = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=draw) * 0.3
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    ids = torch.arange(12)[None]
+    for step in range(steps):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step + 1)
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("steps", "fields"),
+    [
+        (0, {}), (0, {"lora_alpha": 0, "modules_to_save": ["lm_head"]}), (4, {}), (8, {}),
+        (8, {"target_modules": "all-linear", "exclude_modules": ".*gate_proj"}),
+        (8, {"exclude_modules": ["layers.0.self_attn.q_proj"]}),
+    ],
+)  # fmt: skip
+def test_an_adalora_adapter_is_read_as_the_lora_that_it_is(steps: int, fields: dict[str, Any], tmp_path: Path) -> None:
+    adalora(steps, **fields).save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    expected = logits(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "peft"))
+    base = tiny_llama()
+    assert (expected - logits(base)).abs().max() > 1e-2
+    value = Adapter.load(tmp_path / "peft")
+    assert value.config.method.kind == "lora"
+    if steps == 8:
+        assert min(value.ranks.values()) < 4
+        assert len(value.paths) < len([name for name, _ in base.named_modules() if name.endswith(("q_proj", "v_proj",
+                                       "up_proj", "k_proj", "o_proj", "down_proj"))])  # fmt: skip
+    attach(base, value)
+    torch.testing.assert_close(logits(base), expected, rtol=1e-5, atol=1e-5)
+    value.save(tmp_path / "ours")
+    assert Adapter.load(tmp_path / "ours").same_weights(value)
+    torch.testing.assert_close(logits(reload(tiny_llama(), tmp_path / "ours")), expected, rtol=1e-5, atol=1e-5)

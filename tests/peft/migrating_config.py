@@ -1,4 +1,4 @@
-"""Rows of the migration guide about the configuration: M01 to M24."""
+"""Rows of the migration guide about the configuration: M01 to M25, M41 to M43."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from migrating import alike, own, three
-from pairs import QV, bytes_of, config, logits, quiet, relative, same, tiny_gpt2
-from test_parts import SHORT, bert, says
+from migrating import agree, alike, own, three
+from pairs import QV, bytes_of, config, fill, logits, quiet, relative, same, tiny_gpt2
+from test_parts import SHORT, bert, mixed, says
 from tiny import tiny_llama
 from torch import nn
 
 from sideroad import Adapter, AdapterConfig, LoraMethod, attach, errors
 from sideroad import peft as door
+from sideroad.config import DoraMethod, EvaInit
 
 
 def m01_rank(folder: Path) -> None:
@@ -140,6 +141,69 @@ def m14_starts(folder: Path) -> None:
             assert (spreads[0].std() == 0) == (part == "B" and theirs_word is not False)
     seeded = [attach(tiny_llama(), own(), seed=1).model for _ in range(2)]
     assert same(bytes_of(seeded[0]), bytes_of(seeded[1]))
+
+
+def m25_dora(folder: Path) -> None:
+    ours, theirs, _ = alike({"use_dora": True}, {"method": DoraMethod(rank=4, alpha=8)})
+    agree(ours.merge_and_unload(), theirs)
+    assert torch.equal(logits(door.get_peft_model(tiny_llama(), config(use_dora=True))), logits(tiny_llama()))
+    again = door.get_peft_model(tiny_llama(), config(use_dora=True))
+    again.add_adapter("b", config(use_dora=True))
+    with pytest.raises(errors.AdapterError, match="both DoRA adapters"):
+        again.set_adapter(["default", "b"])
+    for target, make in (("embed_tokens", tiny_llama), ("attn", mixed)):
+        with pytest.raises(errors.TargetError, match=rf"{target} is an? .*DoRA"):
+            door.get_peft_model(make(), door.LoraConfig(target_modules=[target], use_dora=True))
+
+
+def m42_starts_from_the_weight(folder: Path) -> None:
+    for word, our_word in (("pissa", "pissa"), ("pissa_niter_16", "pissa-fast"), ("olora", "olora")):
+        with quiet():
+            theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**QV, init_lora_weights=word)).eval()
+        ours = door.get_peft_model(tiny_llama(), config(init_lora_weights=word))
+        handle = attach(tiny_llama(), own(method=LoraMethod(rank=4, alpha=8, init=our_word)))
+        path = "model.layers.1.self_attn.v_proj"
+        layer = theirs.get_submodule(f"base_model.model.{path}")
+        base = tiny_llama().get_submodule(path).weight
+        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        for delta in (ours.base_model.handle.deltas("default")[path], handle.deltas("default")[path]):
+            if word == "pissa_niter_16":
+                # PEFT's randomised SVD takes no direction more than it keeps, so its last ones are rough
+                left, theirs_left = (float((base - 2 * one).norm()) for one in (delta.B @ delta.A, product))
+                assert left <= theirs_left * (1 + 1e-6)
+                assert theirs_left <= 1.02 * left
+            else:
+                torch.testing.assert_close(delta.B @ delta.A, product, rtol=1e-3, atol=1e-5)
+        assert torch.equal(ours.get_base_model().get_submodule(path).weight, base)
+        assert relative(layer.base_layer.weight, base) > 1e-2
+        fill(ours)
+        ours.save_pretrained(folder / word)
+        with quiet():
+            agree(ours, peft.PeftModel.from_pretrained(tiny_llama(), folder / word).eval())
+        again = door.PeftModel.from_pretrained(tiny_llama(), folder / word, is_trainable=True)
+        assert again.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
+
+
+def m43_eva(folder: Path) -> None:
+    rows = torch.randint(3, 250, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": one, "labels": one} for one in rows]
+    fields: dict[str, Any] = {**QV, "init_lora_weights": "eva", "lora_alpha": 8}
+    ours = door.get_peft_model(tiny_llama(), door.LoraConfig(**fields, eva_config=door.EvaConfig(rho=2.0)))
+    door.initialize_lora_eva_weights(ours, batches, show_progress_bar=False)
+    with quiet():
+        theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**fields, eva_config=peft.EvaConfig(rho=2.0)))
+        peft.initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
+    method = LoraMethod(rank=4, alpha=8, init=EvaInit(rho=2.0))
+    handle = attach(tiny_llama(), own(method=method), batches=batches)
+    mine = ours.base_model.handle.adapter("default")
+    assert mine.ranks == handle.adapter("default").ranks
+    for path, leaves in mine.weights.items():
+        torch.testing.assert_close(leaves["A"], handle.adapter("default").weights[path]["A"])
+    total = sum(one.shape[0] for name, one in peft.get_peft_model_state_dict(theirs).items() if "lora_A" in name)
+    assert sum(mine.ranks.values()) == total == 16
+    for wrong in ({"whiten": True}, {"adjust_scaling_factors": False}):
+        with pytest.raises(errors.ConfigError, match=f"eva_config.{next(iter(wrong))} is"):
+            door.EvaConfig(**wrong)
 
 
 def m15_fan(folder: Path) -> None:

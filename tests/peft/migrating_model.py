@@ -16,6 +16,7 @@ from tiny import IDS, tiny_llama
 
 from sideroad import attach, errors
 from sideroad import peft as door
+from sideroad.config import DoraMethod
 
 ROWS = torch.cat([IDS, IDS + 7, IDS + 11])
 
@@ -109,6 +110,8 @@ def m76_scale(folder: Path) -> None:
     assert not hasattr(ours.get_base_model().model.layers[0].self_attn.q_proj, "set_scale")
     ours.save_pretrained(folder)
     agree(door.PeftModel.from_pretrained(tiny_llama(), folder), three()[1])
+    with pytest.raises(errors.ConfigError, match="set_scale on a DoRA adapter"):
+        three({"use_dora": True}, {"method": DoraMethod(rank=4, alpha=8)})[0].set_scale("default", 0.5)
 
 
 def m77_names(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows of the migration guide about training and about what is not there: M120 to M146."""
+"""Rows of the migration guide about training and about what is not there: M120 to M148."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from migrating import agree, alike, own, three
 from mixtures import mixture
 from pairs import QV, both, config, fill, logits, quiet, relative, tiny_gpt2
+from peft.optimizers import create_lorafa_optimizer as their_lorafa
 from peft.optimizers import create_loraplus_optimizer as their_loraplus
 from safetensors.torch import load_file
 from test_parts import CASES as PARTS
 from test_parts import bert, pair, says
 from tiny import IDS, tiny_llama
+from tiny import fill as core_fill
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from sideroad import Adapter, attach, errors
+from sideroad import Adapter, LoraMethod, attach, errors
 from sideroad import peft as door
 from sideroad.vocabulary import grow, with_grown_rows
 
@@ -148,6 +150,25 @@ def m126_loraplus(folder: Path) -> None:
     assert steps(handle.model, 3, torch.optim.SGD(groups)) == pytest.approx(expected)
 
 
+def m132_lorafa(folder: Path) -> None:
+    ours, theirs, handle = three()
+    other = attach(tiny_llama(), own(method=LoraMethod(rank=4, alpha=8, trains="B")))
+    other.load("default", handle.adapter("default"))
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lr": 1e-3}
+    expected = steps(theirs, 3, their_lorafa(theirs, **options))
+    assert steps(ours, 3, door.create_lorafa_optimizer(ours, **options)) == pytest.approx(expected, rel=1e-3)
+    own_adam = torch.optim.AdamW(other.parameters("default").values(), lr=1e-3, eps=1e-6, weight_decay=0.0)
+    assert steps(other.model, 3, own_adam) == pytest.approx(expected, rel=1e-3)
+    kept = door.get_peft_model_state_dict(ours)
+    start = handle.adapter("default").weights
+    for key, one in kept.items():
+        if "lora_A" in key:
+            assert torch.equal(one, start[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")]["A"])
+    dora = door.get_peft_model(tiny_llama(), config(use_dora=True))
+    with pytest.raises(errors.AdapterError, match="correction does not hold"):
+        door.create_lorafa_optimizer(dora, **options)
+
+
 def m127_heads(folder: Path) -> None:
     for case in ("classification", "tokens", "answers"):
         ours, theirs = pair(case)
@@ -222,7 +243,7 @@ def m131_experts(folder: Path) -> None:
 
 
 def m140_other_kinds(folder: Path) -> None:
-    for name in ("AdaLoraConfig", "IA3Config", "PromptTuningConfig"):
+    for name in ("IA3Config", "PromptTuningConfig"):
         assert hasattr(peft, name)
         with pytest.raises(ImportError, match=f"{name} is not in sideroad.peft"):
             getattr(door, name)
@@ -236,6 +257,35 @@ def m140_other_kinds(folder: Path) -> None:
     ):
         with pytest.raises(errors.AdapterError, match="'IA3'"):
             load()
+
+
+def m147_adalora(folder: Path) -> None:
+    with pytest.raises(ImportError, match=r"AdaLoraConfig is not in sideroad.peft; what does it is AdaloraMethod"):
+        _ = door.AdaLoraConfig
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "init_r": 3, "target_r": 1, "total_step": 9}
+    with quiet():
+        theirs = peft.get_peft_model(tiny_llama(), peft.AdaLoraConfig(**fields)).eval()
+        for name, one in theirs.named_parameters():
+            if "lora_" in name:
+                one.data.normal_(std=0.3)
+        theirs.save_pretrained(folder)
+    assert relative(logits(theirs), logits(tiny_llama())) > 1e-3
+    agree(door.PeftModel.from_pretrained(tiny_llama(), folder), theirs, attach(tiny_llama(), Adapter.load(folder)))
+
+
+def m148_preparation(folder: Path) -> None:
+    for name in ("LoraGAConfig", "preprocess_loraga", "get_eva_state_dict"):
+        assert hasattr(peft, name)
+        with pytest.raises(ImportError, match=f"{name} is not in sideroad.peft; what does it is"):
+            getattr(door, name)
+    rows = torch.randint(3, 250, (4, 16), generator=torch.Generator().manual_seed(0))
+    start = LoraMethod(rank=4, alpha=8, init="lora-ga")
+    handle = attach(tiny_llama(), own(method=start), batches=[{"input_ids": rows, "labels": rows}])
+    core_fill(handle)
+    handle.adapter("default").save(folder)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    agree(door.PeftModel.from_pretrained(tiny_llama(), folder), theirs, handle)
 
 
 def m141_mixed(folder: Path) -> None:

@@ -41,7 +41,7 @@ Paths are below `tests/`. "later" names the feature that brings a behaviour.
     26 contradictions: peft/test_rows.py::test_26_d5_and_d7_contradictions_raise_and_leave_the_model_as_it_was
       peft/test_rows.py::test_26_what_peft_refuses_in_training_works_here
       peft/test_rows.py::test_26_rows_of_attention_are_refused_as_by_peft_and_nothing_is_left
-      later: DoRA
+      peft/test_methods.py::test_26_rows_of_dora_adapters_are_each_their_adapters_alone
     27 cheaper than a loop:
       parity/test_costs.py::test_d6_peft804_a_mixed_batch_costs_no_more_operations_than_its_segments
     28 generation: peft/test_model.py::test_28_generate_with_keywords_and_positions
@@ -55,7 +55,9 @@ Paths are below `tests/`. "later" names the feature that brings a behaviour.
     33 few bits: peft/test_model.py::test_33_a_base_is_prepared_for_training_in_few_bits
       later: quantised bases
     34 LoRA+: peft/test_training.py::test_34_lora_plus_has_pefts_groups
-      later: LoRA-FA
+      peft/test_methods.py::test_34_lora_fa_trains_b_with_pefts_gradient
+      peft/test_methods.py::test_34_lora_fas_step_sees_the_gradient_of_the_cores_method_and_leaves_grad_alone
+      peft/test_methods.py::test_34_lora_fa_keeps_no_input_and_refuses_what_it_is_not_for
     35 disabling: peft/test_states.py::test_35_disabled_gives_the_base_nested_and_after_an_exception
       peft/test_states.py::test_35_disabled_gives_the_base_while_merged_and_d8_changes_nothing
       peft/test_states.py::test_35_what_is_chosen_inside_a_disabled_block_acts_after_it
@@ -85,7 +87,12 @@ Paths are below `tests/`. "later" names the feature that brings a behaviour.
     45 starts: peft/test_parts.py::test_45_a_random_start_changes_the_model_and_others_do_not
       peft/test_parts.py::test_45_a_seed_gives_the_same_start_again
       parity/test_lora_forward.py::test_initial_distribution_is_pefts
-      later: methods
+      peft/test_methods.py::test_45_a_start_from_the_weight_goes_into_files_and_on
+      peft/test_methods.py::test_45_a_start_from_the_weight_is_pefts_and_learns_as_pefts
+      peft/test_methods.py::test_45_eva_finds_the_directions_that_pefts_finds
+      peft/test_methods.py::test_45_eva_deals_ranks_and_files_keep_them
+      peft/test_methods.py::test_45_evas_masks_count_as_pefts
+      later: LoftQ with quantised bases; LoRA-GA by PEFT's call
     46 hot-swap without recompiling: later: serving
     47 conversion by rank or energy: later: composition
 """

@@ -14,12 +14,12 @@ import peft
 import pytest
 
 from sideroad.errors import AdapterError, ConfigError
-from sideroad.peft import LoraConfig, PeftConfig, PeftType, TaskType, get_peft_config
+from sideroad.peft import EvaConfig, LoraConfig, PeftConfig, PeftType, TaskType, get_peft_config
 
 THEIRS = {one.name: one for one in dataclasses.fields(peft.LoraConfig)}
 VALUES: dict[str, Any] = {
     "megatron_config": {"a": 1}, "megatron_core": "other", "loftq_config": {"bits": 4},
-    "eva_config": peft.EvaConfig(), "corda_config": {"a": 1}, "lora_ga_config": {"a": 1}, "use_dora": True,
+    "corda_config": {"a": 1}, "lora_ga_config": {"a": 1},
     "velora_config": {"a": 1}, "alora_invocation_tokens": [], "use_qalora": True, "qalora_group_size": 8,
     "monteclora_config": {"a": 1}, "layer_replication": [(0, 1)], "runtime_config": object(), "lora_bias": True,
     "use_bdlora": {"a": 1}, "arrow_config": {"a": 1}, "kasa_config": {"a": 1},
@@ -28,7 +28,7 @@ SUPPORTED = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "trainable_token_indices", "ensure_weight_tying", "target_parameters",
+    "trainable_token_indices", "ensure_weight_tying", "use_dora", "eva_config", "target_parameters",
 }  # fmt: skip
 
 
@@ -84,7 +84,14 @@ def test_an_unknown_field_is_refused_with_the_nearest_one() -> None:
         ({"use_rslora": "yes"}, "use_rslora is 'yes'; expected True or False"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; expected a list of names"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights is 'pissa_niter_4' \(PiSSA.*not supported yet"),
-        ({"init_lora_weights": "gausian"}, 'which is not known; allowed: True, False, "gaussian". Did you mean "gauss'),
+        ({"init_lora_weights": "gausian"}, 'not known; allowed: True, False, "gaussian", .*Did you mean "gaussian"'),
+        ({"init_lora_weights": "pisa"}, 'which is not known; .*"pissa", "pissa_niter_16", .*Did you mean "pissa"'),
+        ({"init_lora_weights": ["pissa"]}, r"init_lora_weights is \['pissa'\], which is not known"),
+        ({"init_lora_weights": 1}, "init_lora_weights is 1, which is not known"),
+        ({"use_dora": 1}, "use_dora is 1; expected True or False"),
+        ({"eva_config": {"rho": 2}}, "eva_config is set, but init_lora_weights is True; set that to 'eva', or leave"),
+        ({"eva_config": 3, "init_lora_weights": "eva"}, "eva_config is 3; expected an EvaConfig, its fields, or None"),
+        ({"ensure_weight_tying": True, "init_lora_weights": "olora"}, "tying is set, and init_lora_weights is 'olora'"),
     ],
 )
 def test_a_contradiction_is_an_error(fields: dict[str, Any], words: str) -> None:
@@ -92,7 +99,7 @@ def test_a_contradiction_is_an_error(fields: dict[str, Any], words: str) -> None
         LoraConfig(**fields)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "eva", "corda", "loftq", "lora_ga", "orthogonal", "mica"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga", "orthogonal", "mica"])
 def test_a_start_that_is_not_there_is_refused_by_its_name(init: str) -> None:
     with pytest.raises(ConfigError, match=f"init_lora_weights is '{init}'.*not supported yet"):
         LoraConfig(init_lora_weights=init)
@@ -100,8 +107,8 @@ def test_a_start_that_is_not_there_is_refused_by_its_name(init: str) -> None:
 
 def test_all_findings_come_at_once() -> None:
     with pytest.raises(ConfigError, match="5 problems") as caught:
-        LoraConfig(r=0, lora_dropout=2, use_dora=True, layers_pattern="h", init_lora_weights="eva")
-    for word in ("r is 0", "lora_dropout is 2", "use_dora", "layers_pattern", "init_lora_weights"):
+        LoraConfig(r=0, lora_dropout=2, lora_bias=True, layers_pattern="h", init_lora_weights="mica")
+    for word in ("r is 0", "lora_dropout is 2", "lora_bias", "layers_pattern", "init_lora_weights"):
         assert word in str(caught.value)
 
 
@@ -143,6 +150,29 @@ def test_files_go_both_ways_and_hold_the_same(tmp_path: Path) -> None:
     assert LoraConfig.from_pretrained(tmp_path, subfolder="ours") == LoraConfig(**fields)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "eva"])
+def test_a_new_start_and_dora_go_through_files_of_configurations(init: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"target_modules": ["q"], "init_lora_weights": init, "use_dora": True}
+    LoraConfig(**fields).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert peft.LoraConfig.from_pretrained(str(tmp_path)) == peft.LoraConfig(**fields)
+    back = LoraConfig.from_pretrained(tmp_path)
+    assert (back.init_lora_weights, back.use_dora) == (init, True)
+    back.check()
+
+
+def test_evas_options_are_ours_pefts_or_plain() -> None:
+    made = [
+        LoraConfig(init_lora_weights="eva", eva_config=one).eva_config
+        for one in (EvaConfig(rho=3), peft.EvaConfig(rho=3), {"rho": 3})
+    ]
+    assert made == [EvaConfig(rho=3)] * 3
+    assert LoraConfig(init_lora_weights="eva").eva_config == EvaConfig()
+    mine, theirs = ({one.name: one.default for one in dataclasses.fields(kind)} for kind in (EvaConfig, peft.EvaConfig))
+    assert mine == theirs
+
+
 def test_a_finished_adapter_may_have_started_in_ways_a_new_one_cannot(tmp_path: Path) -> None:
     theirs = peft.LoraConfig(target_modules=["q"], init_lora_weights="orthogonal", r=4)
     theirs.save_pretrained(tmp_path)
@@ -153,10 +183,10 @@ def test_a_finished_adapter_may_have_started_in_ways_a_new_one_cannot(tmp_path: 
 
 
 def test_a_file_that_cannot_be_honoured_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "r": 0, "use_dora": True}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "r": 0, "lora_bias": True}))
     with pytest.raises(AdapterError, match="3 problems") as caught:
         PeftConfig.from_pretrained(tmp_path)
-    for word in ("peft_type is 'IA3'", "use_dora", "r is 0"):
+    for word in ("peft_type is 'IA3'", "lora_bias", "r is 0"):
         assert word in str(caught.value)
 
 

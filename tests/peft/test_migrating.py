@@ -34,7 +34,7 @@ def checks(*modules: ModuleType) -> dict[str, Check]:
 
 
 CHECKS = checks(migrating_config, migrating_wrap, migrating_model, migrating_files, migrating_train)
-REFUSED = [name for name in ROWS if 25 <= int(name[1:]) <= 40]
+REFUSED = [name for name in ROWS if 26 <= int(name[1:]) <= 40]
 
 
 def test_every_row_has_a_check_and_every_check_a_row() -> None:

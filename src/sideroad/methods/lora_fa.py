@@ -43,11 +43,18 @@ class LoraFaDelta(LoraDelta):
         """Return (A Aᵀ)⁻¹ / s² in fp64; computed again when A or s has changed."""
         now = self.A._version, self.scale
         if self._kept is None or self._kept[:2] != now or self._kept[2].device != self.A.device:
-            rows = self.A.detach().flatten(1).double()
-            gram = rows @ rows.t()
-            ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            self._kept = *now, torch.linalg.inv(gram + ridge) / self.scale**2
+            self._kept = *now, correction(self.A, self.scale)
         return self._kept[2]
+
+
+@torch.no_grad()
+def correction(A: Tensor, scale: float) -> Tensor:
+    """Return (A Aᵀ)⁻¹ / s², [rank, rank] in fp64, by which a gradient of B is multiplied from the right."""
+    rows = A.flatten(1).double()
+    gram = rows @ rows.t()
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse: Tensor = torch.linalg.inv(gram + ridge)
+    return inverse / scale**2
 
 
 class _Corrected(torch.autograd.Function):

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from sideroad.peft.config import LoraConfig as LoraConfig
     from sideroad.peft.config import PeftConfig as PeftConfig
     from sideroad.peft.config import get_peft_config as get_peft_config
+    from sideroad.peft.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from sideroad.peft.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from sideroad.peft.kinds import PeftType as PeftType
     from sideroad.peft.kinds import TaskType as TaskType
     from sideroad.peft.lora_model import LoraModel as LoraModel
     from sideroad.peft.model import PeftModel as PeftModel
+    from sideroad.peft.optimizers import create_lorafa_optimizer as create_lorafa_optimizer
     from sideroad.peft.optimizers import create_loraplus_optimizer as create_loraplus_optimizer
+    from sideroad.peft.starts import EvaConfig as EvaConfig
     from sideroad.peft.status import TunerLayerStatus as TunerLayerStatus
     from sideroad.peft.status import TunerModelStatus as TunerModelStatus
     from sideroad.peft.status import get_layer_status as get_layer_status
@@ -51,11 +54,13 @@ _FILES = {
         "AutoPeftModelForTokenClassification",
     ),
     "config": ("LoraConfig", "PeftConfig", "get_peft_config"),
+    "eva": ("initialize_lora_eva_weights",),
     "kbit": ("prepare_model_for_kbit_training",),
     "kinds": ("PeftType", "TaskType"),
     "lora_model": ("LoraModel",),
     "model": ("PeftModel",),
-    "optimizers": ("create_loraplus_optimizer",),
+    "optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
+    "starts": ("EvaConfig",),
     "status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "tasks": (
         "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",

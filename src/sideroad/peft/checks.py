@@ -33,7 +33,8 @@ def _words(said: Mapping[str, Any]) -> Iterator[str]:
     for name in ("base_model_name_or_path", "revision"):
         if not isinstance(said[name], str | None):
             yield f"{name} is {said[name]!r}; expected a string or None"
-    for name in ("use_rslora", "inference_mode", "fan_in_fan_out", "allow_unmatched", "ensure_weight_tying"):
+    flags = ("use_rslora", "inference_mode", "fan_in_fan_out", "allow_unmatched", "ensure_weight_tying", "use_dora")
+    for name in flags:
         if not isinstance(said[name], bool):
             yield f"{name} is {said[name]!r}; expected True or False"
 

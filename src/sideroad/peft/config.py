@@ -14,7 +14,9 @@ from sideroad.errors import AdapterError, ConfigError, did_you_mean, raise_findi
 from sideroad.files import json_text, read_json, replace_file
 from sideroad.peft.checks import contradictions
 from sideroad.peft.kinds import PeftType, TaskType
-from sideroad.peft_fields import init_of, sift, unsupported
+from sideroad.peft.starts import eva_config, start_findings
+from sideroad.peft_adalora import plain_fields
+from sideroad.peft_fields import can_start, init_of, sift, unsupported
 
 Names = list[str] | set[str] | tuple[str, ...] | str
 """Several names, or one regular expression."""
@@ -141,7 +143,9 @@ class LoraConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     """Names of modules trained whole."""
     init_lora_weights: bool | str = True
-    """Start: True (B = 0), "gaussian" (the same, A gaussian), False (A and B at random)."""
+    """Start: True (B = 0), "gaussian" (the same, A gaussian), False (A and B at random); "pissa", "pissa_niter_16",
+    "olora" from the weight, whose part is subtracted again, so that the base stays as it is; "eva" from data:
+    B = 0 until `initialize_lora_eva_weights`."""
     layers_to_transform: list[int] | int | None = None
     """Blocks to adapt, counted from 0."""
     layers_pattern: Names | None = None
@@ -156,9 +160,11 @@ class LoraConfig(PeftConfig):
     """Token ids whose embedding rows are trained; a mapping names the embeddings."""
     loftq_config: Any = field(default_factory=dict)
     eva_config: Any = None
+    """Options of the start "eva": an `EvaConfig`, or its fields."""
     corda_config: Any = None
     lora_ga_config: Any = None
     use_dora: bool = False
+    """A learned magnitude for every output beside the pair (DoRA, arXiv:2402.09353)."""
     velora_config: Any = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
@@ -179,6 +185,8 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         self.check()
         self._settle()
+        if self.init_lora_weights == "eva":
+            self.eva_config = eva_config(self.eva_config)
 
     def check(self) -> None:
         """Check all fields as for a new adapter.
@@ -187,7 +195,8 @@ class LoraConfig(PeftConfig):
             ConfigError: everything that is wrong, contradictory or not supported, each field by its name.
         """
         said = vars(self)
-        raise_findings(ConfigError, "LoraConfig cannot be used", [*contradictions(said), *unsupported(said)])
+        findings = [*contradictions(said), *unsupported(said), *start_findings(said)]
+        raise_findings(ConfigError, "LoraConfig cannot be used", findings)
 
     @classmethod
     def from_file(cls, content: Mapping[str, Any], source: str) -> LoraConfig:
@@ -198,7 +207,10 @@ class LoraConfig(PeftConfig):
         Raises:
             AdapterError: fields that change the adapter and are not supported, all at once.
         """
-        findings = [*sift(content, source=source)[1], *init_of(content, {}, source)[1]]
+        content = plain_fields(content)
+        findings = sift(content, source=source)[1]
+        if not can_start(content.get("init_lora_weights", True)):
+            findings += init_of(content, {}, source)[1]
         content = {**content, "target_modules": content.get("target_modules") or None}
         wrong = contradictions({**_defaults(), **content, "peft_type": None})
         raise_findings(AdapterError, f"{source} cannot be used", [*findings, *(f"{source}: {one}" for one in wrong)])

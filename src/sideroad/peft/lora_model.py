@@ -134,7 +134,7 @@ class LoraModel(nn.Module):
         self.peft_config[name] = config
         if first:
             self._chosen = [name]
-        self._switch()
+        self.choose_again()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose which adapters act, and make exactly these trainable (none with `inference_mode`).
@@ -156,7 +156,7 @@ class LoraModel(nn.Module):
                 self.handle.merge(self.weighed(merged))
             raise
         self._chosen = names
-        self._switch()
+        self.choose_again()
         self.handle.set_trainable(() if inference_mode else names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -185,7 +185,7 @@ class LoraModel(nn.Module):
                 self._chosen = [next(iter(self.peft_config))]
                 text = f'adapter "{adapter_name}" was active and is deleted; "{self._chosen[0]}" acts now.'
                 warnings.warn(text, stacklevel=3)
-        self._switch()
+        self.choose_again()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -199,7 +199,7 @@ class LoraModel(nn.Module):
                     self._blocks -= 1
         finally:
             # what was chosen inside acts from here on
-            self._switch()
+            self.choose_again()
 
     def disable_adapter_layers(self) -> None:
         """Let no adapter act until `enable_adapter_layers`.
@@ -213,12 +213,12 @@ class LoraModel(nn.Module):
                 "unmerge_adapter() first, or use `with model.disable_adapter():`, which puts the base's weights aside."
             )
         self._off = True
-        self._switch()
+        self.choose_again()
 
     def enable_adapter_layers(self) -> None:
         """Let the chosen adapters act again."""
         self._off = False
-        self._switch()
+        self.choose_again()
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply an adapter's own scale by a factor, in every layer; 1 is how it was made. It is not saved.
@@ -229,13 +229,15 @@ class LoraModel(nn.Module):
         self.known(adapter_name)
         if self.merged_adapters:
             raise MergeError("set_scale() on merged adapters would change nothing; call unmerge_adapter() first.")
+        if scale != 1 and self.peft_config[adapter_name].use_dora:
+            refuse("set_scale on a DoRA adapter")
         if not math.isfinite(scale):
             raise AdapterError(f'the scale of adapter "{adapter_name}" is {scale}; it must be a finite number.')
         factors = {**self._factors, adapter_name: float(scale)}
         with self.handle.using({name: factors.get(name, 1.0) for name in [*self._chosen, adapter_name]}):
             pass  # a factor that cannot act is refused before it is kept
         self._factors = factors
-        self._switch()
+        self.choose_again()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the present factor of every chosen adapter by `scale`, in every layer."""
@@ -268,7 +270,7 @@ class LoraModel(nn.Module):
             warnings.warn("nothing is merged, so there is nothing to unmerge.", stacklevel=2)
             return
         self.handle.unmerge()
-        self._switch()
+        self.choose_again()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -334,7 +336,7 @@ class LoraModel(nn.Module):
         """Return the factor of each of these adapters, as `set_scale` left it."""
         return {name: self._factors.get(name, 1.0) for name in names}
 
-    def _switch(self) -> None:
+    def choose_again(self) -> None:
         """Make the handle's choice follow ours; a merged model keeps what is merged."""
         handle = attached(self.model)
         if handle is not None and not handle.merged_names:

@@ -22,6 +22,10 @@ CALLS: Mapping[str, str] = {
         "it comes with serving. load_adapter onto an existing name overwrites its tensors in place where they have the "
         "same shapes"
     ),
+    "set_scale on a DoRA adapter": (
+        "a factor of its scale would go into its norm too, so it would not weigh the change. "
+        "model.base_model.handle.activate({name: factor}) weighs the whole change"
+    ),
     "push_to_hub": "nothing here uploads. save_pretrained(directory), then upload it (hf upload NAME directory)",
 }
 """Call → when it comes, and what to do until then."""

@@ -19,12 +19,11 @@ from sideroad.patterns import shortest_names
 from sideroad.peft.config import LoraConfig, plain
 from sideroad.peft.default_targets import default_names
 from sideroad.peft.kinds import TaskType
-from sideroad.peft_fields import BIASES, HEADS
+from sideroad.peft_fields import BIASES, HEADS, INITS
 from sideroad.peft_parts import output_patterns
 from sideroad.peft_targets import ends, is_target, our_name, our_patterns, our_targets
 from sideroad.survey import Survey
 
-INITS: Mapping[Any, str] = {True: "kaiming", False: "random", "gaussian": "gaussian"}
 NARROW = frozenset({torch.float16, torch.bfloat16})
 
 
@@ -121,9 +120,10 @@ def _at(
     values = {
         **said,
         "method": {
+            "kind": "dora" if config.use_dora else "lora",
             "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
             "scaling": "alpha/sqrt(r)" if config.use_rslora else "alpha/r",
-            "init": INITS[config.init_lora_weights],
+            "init": _init(config),
         },
         "rank_pattern": _patterns(config, "rank_pattern", config.r, paths, kinds),
         "alpha_pattern": _patterns(config, "alpha_pattern", config.lora_alpha, paths, kinds),
@@ -139,6 +139,12 @@ def _at(
         exact = our_targets({"target_modules": paths}, paths)
         result = AdapterConfig.model_validate({**values, **exact, "layers": None, "layers_pattern": None})
     return result
+
+
+def _init(config: LoraConfig) -> str:
+    """Return how the tensors start; EVA's wait with B = 0 for initialize_lora_eva_weights, as in PEFT."""
+    init = INITS[config.init_lora_weights]
+    return "kaiming" if init == "eva" else init
 
 
 def _present(config: LoraConfig, survey: Survey, fields: Mapping[str, Any]) -> tuple[Any, Any]:

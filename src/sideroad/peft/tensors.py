@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sideroad.attaching import attached
 from sideroad.errors import AdapterError, ConfigError, raise_findings
+from sideroad.folding import fold, unfold
 from sideroad.handle import Attached
 from sideroad.kinds.experts import ExpertWeight, layer_at
 from sideroad.peft.unwrapping import tuner_of
@@ -43,7 +44,8 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors by PEFT's names; they share memory with the model's, but for experts' B.
+    """Return an adapter's tensors by PEFT's names; they share memory with the model's, but for experts' B, and pairs
+    whose start is subtracted: those are of twice the rank, as in files.
 
     Args:
         model: a PeftModel, or a model with injected adapters, whose names then have no `base_model.model.`.
@@ -58,8 +60,11 @@ def get_peft_model_state_dict(
     parts = live_parts(handle, adapter_name)
     if state_dict is not None:
         parts = gathered(handle, adapter_name, state_dict, prefix)
-    kinds = handle.survey().kind_names(parts.weights)
-    named = to_tensors(fold_experts(parts.weights, kinds), parts.modules, kinds)
+    weights: Mapping[str, Mapping[str, Tensor]] = parts.weights
+    if any(leaves.keys() & {"A0", "E"} for leaves in weights.values()):
+        weights = fold(handle.adapter(adapter_name).config, weights)[1]
+    kinds = handle.survey().kind_names(weights)
+    named = to_tensors(fold_experts(weights, kinds), parts.modules, kinds)
     return named if prefix else {key.removeprefix(ROOT): tensor for key, tensor in named.items()}
 
 
@@ -89,7 +94,8 @@ def set_peft_model_state_dict(
     findings = found.findings + unfold_experts(found, stacked, lambda path: value.ranks.get(path, 1))
     findings += [f"{key} has values that are NaN or infinite" for key in broken]
     raise_findings(AdapterError, "the state dict cannot be loaded", findings)
-    handle.load(adapter_name, replace(value, weights=found.weights, modules=found.modules))
+    weights = unfold(value.config, found.weights) or found.weights
+    handle.load(adapter_name, replace(value, weights=weights, modules=found.modules))
     return LoadResult([], [])
 
 
