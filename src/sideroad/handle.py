@@ -34,10 +34,8 @@ class Attached:
     inside the same `using`, `rows` or `disabled` block as the forward: it computes activations again.
 
     Which adapters act is one state of the model: every thread's forward sees it. While one thread is inside a block,
-    others may run the model (with the block's choice) but cannot switch it. Do not `await` inside a block.
-
-    Args:
-        model: the model that adapters are attached to; use `attach` to make a handle.
+    others may run the model (with the block's choice) but cannot switch it. Do not `await` inside a block. Use
+    `attach` to make a handle.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -269,10 +267,8 @@ class Attached:
                 self._remove(one)
 
     def put(self, name: str, description: Adapter, placed: Placed, trainable: bool) -> None:
-        """Add an adapter whose tensors are known to fit; `attach` checks that they do, and calls this.
+        """Add an adapter, described without its tensors, that is known to fit; `attach` checks that, and calls this.
 
-        Args:
-            description: the adapter without its tensors.
         Raises:
             AdapterError: the name is empty or taken, or a layer has a `lora` of its own; nothing is changed then.
         """
