@@ -19,7 +19,7 @@ from sideroad.attaching import attach
 from sideroad.base import BaseConfig
 from sideroad.compose import merge as merge_file
 from sideroad.compose.merge import merge
-from sideroad.config import AdapterConfig, LoraMethod
+from sideroad.config import AdapterConfig, DoraMethod, LoraMethod
 from sideroad.errors import AdapterError, MergeError
 from sideroad.tensor_files import read_header
 
@@ -31,6 +31,16 @@ def made(folder: Path, name: str, targets: str | tuple[str, ...] = "all-linear",
     for parameter in handle.parameters("x").values():
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.1
     replace(handle.adapter("x"), **changes).save(folder / name)
+    return folder / name
+
+
+def made_dora(folder: Path, name: str, targets: str | tuple[str, ...] = "all-linear") -> Path:
+    handle = attach(tiny_llama(), AdapterConfig(targets=targets, method=DoraMethod(rank=3, alpha=6)), "x", seed=1)
+    draw = torch.Generator().manual_seed(len(name))
+    for path, parameter in handle.parameters("x").items():
+        noise = torch.randn(parameter.shape, generator=draw)
+        parameter.data = parameter.data * (1 + 0.2 * noise) if path.endswith("magnitude") else noise * 0.1
+    handle.adapter("x").save(folder / name)
     return folder / name
 
 
@@ -234,3 +244,54 @@ def test_experts_are_merged_and_saved(name: str, tmp_path: Path) -> None:
     assert report.modules == 2 * (4 + 2)
     assert report.rounding is not None
     assert report.rounding < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("names", "weights"),
+    [
+        (("dora",), (1.0,)),
+        (("dora",), (0.7,)),
+        (("dora", "plain"), (1.0, 1.0)),
+        (("plain", "dora"), (-0.5, 0.6)),
+    ],
+)
+def test_magnitudes_are_merged_as_the_handle_merges_them(
+    names: tuple[str, ...], weights: tuple[float, ...], tmp_path: Path, shared_model_dir: Path
+) -> None:
+    make = {"dora": made_dora, "plain": made}
+    adapters = {make[name](tmp_path, name): weight for name, weight in zip(names, weights, strict=True)}
+    report = merge(adapters, tmp_path / "out", base=BaseConfig(model=str(shared_model_dir)))
+    model = load(shared_model_dir)
+    for path in adapters:
+        handle = attach(model, Adapter.load(path), path.name)
+    handle.merge({path.name: weight for path, weight in adapters.items()})
+    expected = handle.merge_and_unload().state_dict()
+    found = load(tmp_path / "out").state_dict()
+    assert all(torch.equal(one, expected[name]) for name, one in found.items())
+    assert (report.dtype, report.modules) == ("float32", 14)
+    assert report.rounding is not None
+    assert report.rounding < 1e-5
+
+
+def test_the_rounding_of_a_magnitude_is_measured_on_the_dense_change(tmp_path: Path, shared_model_dir: Path) -> None:
+    adapters = {made_dora(tmp_path, "dora", ("q_proj",)): 0.5, made(tmp_path, "one", ("q_proj",)): 2.0}
+    report = merge(adapters, tmp_path / "out", base=BaseConfig(model=str(shared_model_dir)), dtype="bfloat16")
+    model, shares = load(shared_model_dir, torch.float64), []
+    before = {name: one.clone() for name, one in model.named_parameters()}
+    for path in adapters:
+        handle = attach(model, Adapter.load(path), path.name)
+    handle.merge({path.name: weight for path, weight in adapters.items()})
+    for path in handle.paths("dora"):
+        exact = model.get_submodule(path).weight.detach()
+        lost = (exact.bfloat16().double() - exact).norm()
+        shares.append(float(lost / (exact - before[f"{path}.weight"]).norm()))
+    assert report.rounding == pytest.approx(max(shares), rel=1e-3)
+
+
+def test_a_magnitude_that_is_not_trained_yet_changes_nothing(tmp_path: Path, shared_model_dir: Path) -> None:
+    model = load(shared_model_dir)
+    attach(model, AdapterConfig(method=DoraMethod(rank=2)), seed=0).adapter("default").save(tmp_path / "fresh")
+    report = merge([tmp_path / "fresh"], tmp_path / "out", base=BaseConfig(model=str(shared_model_dir)))
+    assert report.rounding is None
+    base = load(shared_model_dir).state_dict()
+    assert all(torch.equal(one, base[name]) for name, one in load(tmp_path / "out").state_dict().items())

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from sideroad import __version__
 from sideroad.adapter import Adapter, BaseRecord
-from sideroad.attaching import attach
+from sideroad.attaching import Attached, attach
 from sideroad.base import Base, BaseConfig, BaseIdentity, load_base, load_meta
 from sideroad.base.progress import OnProgress
 from sideroad.base.quiet import quiet
 from sideroad.errors import MergeError, raise_findings
 from sideroad.files import JSON, json_text, read_json, refuse_occupied_path, replace_directory, write_bytes
-from sideroad.kinds.experts import layer_at
+from sideroad.kinds.experts import Experts, layer_at, per_expert
 from sideroad.lowrank import LowRank
+from sideroad.methods.lora import LoraDelta
 from sideroad.tensor_files import read_tensors, same_bits, shorten
 from sideroad.vocabulary import grow
 from sideroad.weights import read_dense
@@ -110,9 +111,9 @@ def merge(
     loaded = load_base(settings, offline=offline, dtype=torch.promote_types(stored, target), on_progress=on_progress)
     notes = [*_check_base(values, loaded.identity, any_base), *loaded.notes[1:]]
     names = _names(values)
-    changes = _changes(values, weights)
-    rounding = _rounding(loaded.model, changes, target)
-    untied = _add(loaded.model, {names[path]: (values[path], weights[path]) for path in values})
+    handle = _attach(loaded.model, {names[path]: (values[path], weights[path]) for path in values})
+    rounding = _rounding(handle, target)
+    handle.merge_and_unload()
     loaded.model.to(target)
     _refuse_infinite(loaded.model, target)
     merged = tuple(
@@ -124,9 +125,9 @@ def merge(
         base=loaded.identity,
         adapters=merged,
         dtype=str(target).removeprefix("torch."),
-        modules=len(changes),
+        modules=len({module for value in values.values() for module in value.paths}),
         rounding=rounding,
-        untied=untied,
+        untied=handle.untied,
         files={},
         notes=tuple(notes),
     )
@@ -195,25 +196,12 @@ def _names(values: Mapping[Path, Adapter]) -> dict[Path, str]:
     return names
 
 
-def _changes(values: Mapping[Path, Adapter], weights: Mapping[Path, float]) -> dict[str, list[LowRank]]:
-    """Module path → its change, in as many parts as it has experts; one for an ordinary layer."""
-    found: dict[str, list[tuple[LowRank, ...]]] = {}
-    for path, value in values.items():
-        for module in value.paths:
-            parts = tuple(part.scaled(weights[path]) for part in value.lower_by_expert(module))
-            found.setdefault(module, []).append(parts)
-    return {
-        module: [reduce(LowRank.add, part) for part in zip(*changes, strict=True)] for module, changes in found.items()
-    }
-
-
-def _add(model: nn.Module, adapters: Mapping[str, tuple[Adapter, float]]) -> tuple[str, ...]:
+def _attach(model: nn.Module, adapters: Mapping[str, tuple[Adapter, float]]) -> Attached:
     for name, (value, _) in adapters.items():
         grow(model, value)
         handle = attach(model, value, name)
     handle.activate({name: weight for name, (_, weight) in adapters.items()})
-    handle.merge_and_unload()
-    return handle.untied
+    return handle
 
 
 def _refuse_infinite(model: nn.Module, target: torch.dtype) -> None:
@@ -224,17 +212,43 @@ def _refuse_infinite(model: nn.Module, target: torch.dtype) -> None:
     raise_findings(MergeError, "the merged model is not saved; choose bfloat16 or float32", shorten(findings))
 
 
-def _rounding(model: nn.Module, changes: Mapping[str, Sequence[LowRank]], target: torch.dtype) -> float | None:
+def _rounding(handle: Attached, target: torch.dtype) -> float | None:
     """Return the largest loss of a layer by rounding, relative to its change; layer by layer, nothing is kept."""
+    changes: dict[str, list[tuple[tuple[LowRank, ...], float]]] = {}
+    for name, factor in handle.active.items():
+        for path, delta in handle.deltas(name).items():
+            if isinstance(delta, LoraDelta):
+                changes.setdefault(path, []).append((_lowered(delta, layer_at(handle.model, path)), factor))
     shares = []
-    for path, parts in changes.items():
-        size = math.hypot(*(part.norm() for part in parts))
-        if size > 0:
-            weights = read_dense(layer_at(model, path)).chunk(len(parts))
-            exact = [part.apply_to(weight.double()) for part, weight in zip(parts, weights, strict=True)]
-            lost = math.hypot(*(float((one.to(target).double() - one).norm()) for one in exact))
-            shares.append(lost / size)
+    for path, found in changes.items():
+        # a stacked weight has as many parts as experts, which lie one above another
+        weights = read_dense(layer_at(handle.model, path)).chunk(len(found[0][0]))
+        sizes, losses = [], []
+        for index, weight in enumerate(weights):
+            exact = _changed(weight.double(), [(parts[index], factor) for parts, factor in found])
+            sizes.append(float((exact - weight).norm()))
+            losses.append(float((exact.to(target).double() - exact).norm()))
+        if any(sizes):
+            shares.append(math.hypot(*losses) / math.hypot(*sizes))
     return max(shares, default=None)
+
+
+def _lowered(delta: LoraDelta, layer: nn.Module) -> tuple[LowRank, ...]:
+    """A layer's change in as many parts as it has experts; one for an ordinary layer."""
+    if not isinstance(delta.kind, Experts):
+        return (delta.lower(layer),)
+    A, B = (one.detach().float() for one in delta.factors())
+    return tuple(map(LowRank, *per_expert(A, B * delta.scale, A.shape[0] // B.shape[1])))
+
+
+def _changed(weight: Tensor, changes: Sequence[tuple[LowRank, float]]) -> Tensor:
+    """The sum that a merge takes, unrounded: a gain looks at the base's weight, whatever else is added."""
+    exact = weight
+    for low, factor in changes:
+        if low.gain is not None:
+            exact = exact + factor * (low.apply_to(weight) - weight)
+    plain = [low.scaled(factor) for low, factor in changes if low.gain is None]
+    return reduce(LowRank.add, plain).apply_to(exact) if plain else exact
 
 
 def _objection(path: Path) -> str | None:
