@@ -113,10 +113,7 @@ class Adapter:
         Raises:
             AdapterError: the adapter has no pair for this module, or it has a magnitude, whose effect needs the weight.
         """
-        A, B = self._acting(path)
-        parts = slices_of(self.config, path)
-        where = None if parts is None else blocks(parts, out_of(parts, B.shape[0]))
-        return LowRank(*matrices(A, B * self.scale(path), where, 0 if parts is None else out_of(parts, B.shape[0])))
+        return self._lowered(path, *self._acting(path))
 
     def lower_by_expert(self, path: str) -> tuple[LowRank, ...]:
         """Return what `lower` does in parts: one for each expert of a stacked weight, one alone for any other layer.
@@ -130,6 +127,19 @@ class Adapter:
             return (self.lower(path),)
         A, B = self._acting(path)
         return tuple(map(LowRank, *per_expert(A, B * self.scale(path), A.shape[0] // B.shape[1])))
+
+    def pair(self, path: str) -> LowRank:
+        """Return what `lower` does, of the pair alone: a magnitude beside it is left out.
+
+        Raises:
+            AdapterError: the adapter has no pair for this module.
+        """
+        return self._lowered(path, *_wide(acting_pair(self._pair(path))))
+
+    def folded(self) -> Adapter:
+        """Return the same adapter with one ordinary pair on each layer, as files hold it."""
+        config, weights = fold(self.config, self.weights)
+        return replace(self, config=config, weights=weights)
 
     def same_weights(self, other: Adapter) -> bool:
         """Say whether both hold the same tensors, bit for bit."""
@@ -193,7 +203,7 @@ class Adapter:
             AdapterError: tensors that do not fit together or are not finite, extras that are not JSON, a directory
                 with other things in it, a full disk; what was there before is then untouched.
         """
-        plain = self._plain()
+        plain = self.folded()
         experts = [path for path, kind in self.kinds.items() if kind == EXPERTS]
         findings = weight_findings(plain.weights, plain.modules, experts=experts)
         findings += bias_findings(self.config, self.weights)
@@ -213,11 +223,6 @@ class Adapter:
             write_tensors(draft / WEIGHTS, to_tensors(weights, plain.modules, plain.kinds))
 
         replace_directory(Path(path), build, objection=must_not_replace)
-
-    def _plain(self) -> Adapter:
-        """The same adapter with one ordinary pair on each layer, as files hold it."""
-        config, weights = fold(self.config, self.weights)
-        return replace(self, config=config, weights=weights)
 
     def _texts(self, card: str | None, exact: AdapterConfig) -> dict[str, str]:
         fields = self._fields()
@@ -265,7 +270,7 @@ class Adapter:
         except ConfigError as error:
             raise AdapterError(f'{str(error)[:2000]} Delete "config" there to use {CONFIG} alone.') from error
         exact = self if weights is None else replace(self, config=config, weights=weights)
-        return exact if exact._plain()._fields() == dict(fields) else self
+        return exact if exact.folded()._fields() == dict(fields) else self
 
     def _pair(self, path: str) -> Mapping[str, Tensor]:
         leaves = self.weights.get(path, {})
@@ -282,14 +287,23 @@ class Adapter:
             raise AdapterError(
                 f"{path} has a DoRA magnitude: what it adds depends on the base's weight; attach it, and merge instead."
             )
-        A, B = acting_pair(pair)
-        return A if A.dtype == torch.float64 else A.float(), B if B.dtype == torch.float64 else B.float()
+        return _wide(acting_pair(pair))
+
+    def _lowered(self, path: str, A: Tensor, B: Tensor) -> LowRank:
+        parts = slices_of(self.config, path)
+        where = None if parts is None else blocks(parts, out_of(parts, B.shape[0]))
+        return LowRank(*matrices(A, B * self.scale(path), where, 0 if parts is None else out_of(parts, B.shape[0])))
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for path, leaves in [*self.weights.items(), *self.modules.items()]:
             for leaf, tensor in leaves.items():
                 if leaf != BASE:
                     yield path, leaf, tensor
+
+
+def _wide(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    A, B = (one if one.dtype == torch.float64 else one.float() for one in pair)
+    return A, B
 
 
 def _convolutions(weights: Mapping[str, Mapping[str, Tensor]]) -> list[str]:

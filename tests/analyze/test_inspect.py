@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from mixtures import mixture
-from tiny import fill
+from tiny import fill, tiny_llama
 
 from sideroad.adapter import Adapter, BaseRecord
-from sideroad.analyze.inspect import inspect_adapter
+from sideroad.analyze.inspect import RankReport, inspect_adapter, ranks_of
 from sideroad.analyze.spectrum import effective_rank, stable_rank
 from sideroad.attaching import attach
-from sideroad.config import AdapterConfig, LoraMethod
+from sideroad.config import AdapterConfig, DoraMethod, LoraMethod
 from sideroad.errors import AdapterError
 
 WEIGHTS = {
@@ -93,3 +93,47 @@ def test_experts_are_measured_one_by_one(tmp_path: Path) -> None:
     assert first.norm == pytest.approx(float(whole.norm()), rel=1e-5)
     assert first.largest == pytest.approx(max(float(torch.linalg.svdvals(part.dense())[0]) for part in parts), rel=1e-5)
     assert 1 <= first.stable_rank <= 2
+
+
+def test_a_magnitude_is_told_beside_the_spectrum_of_its_pair(tmp_path: Path) -> None:
+    handle = attach(tiny_llama(), AdapterConfig(targets=("q_proj",), method=DoraMethod(rank=2)), seed=0)
+    fill(handle)
+    parameters = handle.parameters("default")
+    path = handle.paths("default")[0]
+    parameters[f"{path}.magnitude"].data = torch.linspace(0.5, 2.0, 32)
+    value = handle.adapter("default")
+    value.save(tmp_path / "a")
+    report = inspect_adapter(tmp_path / "a")
+    first = report.modules[0]
+    assert first.magnitude is not None
+    assert (first.magnitude.values, first.magnitude.smallest, first.magnitude.largest) == (32, 0.5, 2.0)
+    assert (first.rank, first.file_rank, first.parameters) == (2, 2, 2 * 64 + 32)
+    product = first.scale * parameters[f"{path}.B"].data @ parameters[f"{path}.A"].data
+    assert first.norm == pytest.approx(float(product.norm()), rel=1e-5)
+    assert json.loads(json.dumps(report.to_json()))["modules"][0]["magnitude"]["values"] == 32
+    with pytest.raises(AdapterError, match="has a DoRA magnitude"):
+        value.lower(path)
+    torch.testing.assert_close(value.pair(path).dense(), product)
+
+
+def test_a_folded_start_shows_the_rank_of_the_file(tmp_path: Path) -> None:
+    config = AdapterConfig(targets=("q_proj",), method=LoraMethod(rank=3, init="pissa"))
+    handle = attach(tiny_llama(), config, seed=0)
+    fill(handle)
+    handle.adapter("default").save(tmp_path / "a")
+    report = inspect_adapter(tmp_path / "a")
+    assert report.config.method.init == "pissa"
+    assert {(module.rank, module.file_rank) for module in report.modules} == {(3, 6)}
+    assert (report.groups[0].file_rank_min, report.groups[0].file_rank_max) == (6, 6)
+    assert report.modules[0].parameters == 2 * 3 * 64
+    (tmp_path / "a/sideroad.json").unlink()
+    again = inspect_adapter(tmp_path / "a")
+    assert {(module.rank, module.file_rank) for module in again.modules} == {(6, 6)}
+    assert again.modules[0].norm == pytest.approx(report.modules[0].norm, rel=1e-5)
+
+
+def test_ranks_that_were_dealt_are_summed_up(directory: Path) -> None:
+    assert inspect_adapter(directory).ranks == RankReport(2, 4, 8, 3, 0)
+    left_out = ("m.9.*", r"re:m\.1\.v", r"re:m\..*\.w")
+    config = AdapterConfig(targets=("q", "v"), exclude=left_out, method=LoraMethod(rank=2))
+    assert ranks_of(Adapter(config, WEIGHTS)) == RankReport(2, 4, 8, 3, 1)

@@ -277,7 +277,7 @@ def test_the_rounding_of_a_magnitude_is_measured_on_the_dense_change(tmp_path: P
     adapters = {made_dora(tmp_path, "dora", ("q_proj",)): 0.5, made(tmp_path, "one", ("q_proj",)): 2.0}
     report = merge(adapters, tmp_path / "out", base=BaseConfig(model=str(shared_model_dir)), dtype="bfloat16")
     model, shares = load(shared_model_dir, torch.float64), []
-    before = {name: one.clone() for name, one in model.named_parameters()}
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
     for path in adapters:
         handle = attach(model, Adapter.load(path), path.name)
     handle.merge({path.name: weight for path, weight in adapters.items()})
