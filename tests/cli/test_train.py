@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from terminal import Spoken, call, write_recipe
 
+from sideroad.analyze.inspect import inspect_adapter
 from sideroad.cli.train import run_directory
 
 
@@ -45,6 +46,32 @@ def test_files_named_at_the_end_exist(trained: tuple[Path, Spoken]) -> None:
     run, spoken = trained
     names = ("adapter", "samples.md", "loss.png", "metrics.jsonl", "checkpoints", "recipe.yaml", "env.json")
     assert all(f"runs/task/{name}" in spoken.out and (run / name).exists() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("method", "header"),
+    [
+        (
+            "{kind: adalora, rank: 4, target_rank: 2, every: 1, final: 0.4}",
+            "adalora, rank 4 down to 2 on average, alpha 16, on all-linear\n",
+        ),
+        (
+            "{rank: 4, scaling: alpha/sqrt(r), init: {kind: eva, batches: 2}}",
+            "lora, rank 4, alpha 16, scaling alpha/sqrt(r), init eva (batches 2), on all-linear\n",
+        ),
+    ],
+    ids=["adalora", "eva"],
+)
+def test_ranks_that_a_run_deals_are_told_at_its_end(place: Path, tmp_path: Path, method: str, header: str) -> None:
+    setting = ("--set", f"adapter.method={method}", "--set", "evaluate.metrics=[]")
+    spoken = call("train", place / "task.yaml", "--run", tmp_path / "run", *setting)
+    assert spoken.code == 0, spoken.err
+    assert f"method      {header}" in spoken.out
+    shown = inspect_adapter(tmp_path / "run/adapter").ranks
+    assert shown is not None
+    assert shown.smallest < shown.largest
+    told = f"ranks dealt to layers: {shown.smallest} to {shown.largest}, sum {shown.total} over {shown.layers} layers"
+    assert told in spoken.out
 
 
 def test_json_alone_on_stdout_and_progress_on_stderr(place: Path, tmp_path: Path) -> None:

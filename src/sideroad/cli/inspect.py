@@ -77,8 +77,10 @@ def _print(console: Console, report: AdapterReport, all_modules: bool) -> None:
 
 def _print_facts(console: Console, report: AdapterReport) -> None:
     from sideroad.cli import render
+    from sideroad.cli.described import method_line, ranks_line
+    from sideroad.config import SUBTRACTED, init_name
 
-    base, method = report.base, report.config.method
+    base, ranks = report.base, report.ranks
     sha256 = f"sha256 {base.sha256[:12]}…" if base and base.sha256 else None
     named = [base.name, base.source, sha256, base.licence] if base else []
     files = ", ".join(f"{file.name} ({render.size(file.bytes)})" for file in report.files)
@@ -87,9 +89,21 @@ def _print_facts(console: Console, report: AdapterReport) -> None:
         "adapter": report.path,
         "files": files,
         "base": ", ".join(item for item in dict.fromkeys(named) if item) or "not named",
-        "method": f"{method.kind}, rank {method.rank}, alpha {method.alpha:g}, scaling {method.scaling}",
+        "method": method_line(report.config.method),
         "parameters": f"{report.parameters:,} in {len(report.modules)} modules, {dtypes}",
     }
+    if ranks is not None and ranks.smallest < ranks.largest:
+        facts["ranks"] = ranks_line(ranks)
+    folded = [module.file_rank for module in report.modules if module.file_rank != module.rank]
+    if folded:
+        started = init_name(report.config.method.init) in SUBTRACTED
+        what = "what was trained and the start that is subtracted" if started else "the pairs of all slices"
+        facts["folded"] = f"pairs of rank {_range(min(folded), max(folded))} in the file hold {what}"
+    magnitudes = [module.magnitude for module in report.modules if module.magnitude is not None]
+    if magnitudes:
+        low, high = min(one.smallest for one in magnitudes), max(one.largest for one in magnitudes)
+        count = sum(one.values for one in magnitudes)
+        facts["magnitudes"] = f"{count:,} values, {low:.4g} to {high:.4g}; norms and ranks are those of the pairs alone"
     if report.foreign:
         facts["others' keys"] = ", ".join(report.foreign)
     for name, text in facts.items():

@@ -76,7 +76,7 @@ def run(
     if as_json:
         render.write_json(asdict(result))
     else:
-        _report(console, result)
+        _report(console, result, _dealt(settings, result))
 
 
 def run_directory(recipe: Path, *, resume: bool) -> Path:
@@ -96,11 +96,12 @@ def run_directory(recipe: Path, *, resume: bool) -> Path:
 
 
 def _announce(console: Console, recipe: Recipe, place: Path, *, resume: bool) -> None:
-    method, adapter = recipe.adapter.method, recipe.adapter
+    from sideroad.cli.described import method_line
+
+    adapter = recipe.adapter
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     console.print(f"base        {recipe.base.model}", soft_wrap=True)
-    numbers = f"rank {method.rank}, alpha {method.alpha:g}"
-    console.print(f"method      {method.kind}, {numbers}, on {targets}", soft_wrap=True)
+    console.print(f"method      {method_line(adapter.method)}, on {targets}", soft_wrap=True)
     console.print(f"run         {place}{' (resumed)' if resume else ''}", soft_wrap=True)
 
 
@@ -130,7 +131,21 @@ def _speed(speed: Speed) -> str:
     return text
 
 
-def _report(console: Console, result: Result) -> None:
+def _dealt(recipe: Recipe, result: Result) -> str | None:
+    """What ranks the layers have in the end, where the run dealt them."""
+    from sideroad.adapter import Adapter
+    from sideroad.analyze.inspect import ranks_of
+    from sideroad.cli.described import ranks_line
+    from sideroad.config import init_name
+
+    method = recipe.adapter.method
+    if method.kind != "adalora" and init_name(method.init) != "eva":
+        return None
+    ranks = ranks_of(Adapter.load(result.adapter))
+    return None if ranks is None else ranks_line(ranks)
+
+
+def _report(console: Console, result: Result, dealt: str | None) -> None:
     from sideroad.cli import render, scores
 
     kept = "the best validation" if result.kept == "best" else "the last step"
@@ -140,6 +155,8 @@ def _report(console: Console, result: Result) -> None:
         f"(step {result.kept_step})",
         soft_wrap=True,
     )
+    if dealt is not None:
+        console.print(f"ranks dealt to layers: {dealt}", soft_wrap=True)
     if result.speed is not None:
         console.print(_speed(result.speed), soft_wrap=True)
     console.print()
