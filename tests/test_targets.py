@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_llama
+from tiny import IDS, tiny_llama
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from sideroad.attaching import attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.errors import TargetError
-from sideroad.targets import bias_paths, matches, resolve, shortest_names
+from sideroad.targets import bias_paths, count_values, matches, resolve, shortest_names
 
 MATCHES = [
     ("q_proj", "model.layers.0.self_attn.q_proj", True),
@@ -197,3 +197,54 @@ def test_shortest_names_are_short() -> None:
     assert shortest_names([p for p in paths if p.endswith("q")], paths) == ("q",)
     assert shortest_names(["model.layers.1.q"], paths) == ("1.q",)
     assert shortest_names(["q"], ["q", "a.q"]) == ("re:q",)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"rank": 4},
+        {"kind": "dora", "rank": 4},
+        {"kind": "dora", "rank": 4, "init": "olora"},
+        {"rank": 4, "trains": "B"},
+        {"rank": 4, "trains": "B", "init": "pissa"},
+        {"rank": 4, "init": "pissa-fast"},
+        {"rank": 4, "init": {"kind": "lora-ga", "batches": 1}},
+        {"kind": "adalora", "rank": 4, "target_rank": 2},
+    ],
+    ids=str,
+)
+def test_counts_are_those_of_the_attached_adapter_and_of_its_file(method: dict[str, Any]) -> None:
+    config = AdapterConfig(method=method, rank_pattern={"up_proj": 2})  # type: ignore[arg-type]
+    model = tiny_llama()
+    targets = resolve(model, config)
+    batches = [{"input_ids": IDS, "labels": IDS}] if "lora-ga" in str(method) else None
+    handle = attach(model, config, seed=0, batches=batches)
+    parameters = handle.parameters("default")
+    kept = method.get("target_rank", 4) / 4
+    for name, parameter in parameters.items():
+        if name.endswith(".E"):
+            parameter.data[: round(kept * len(parameter))] = 1.0
+    value = handle.adapter("default").folded()
+    for path, target in targets.items():
+        counts = count_values(target, config)
+        assert counts.trained == sum(one.numel() for name, one in parameters.items() if name.startswith(f"{path}."))
+        assert counts.stored == sum(one.numel() for one in value.weights[path].values())
+        assert counts.wide == (target.out_features if method.get("kind") == "dora" else 0)
+
+
+def test_slices_are_counted_as_they_train_and_as_files_spread_them() -> None:
+    model = nn.Sequential(nn.Linear(6, 12))
+    config = AdapterConfig(targets=("0",), slices={"0": (True, False, True)}, method=LoraMethod(rank=2))
+    handle = attach(model, config, seed=0)
+    counts = count_values(resolve(nn.Sequential(nn.Linear(6, 12)), config)["0"], config)
+    assert counts.trained == sum(one.numel() for one in handle.parameters("default").values())
+    assert counts.stored == handle.adapter("default").folded().parameters
+
+
+def test_lora_ga_wants_two_directions_for_each_rank() -> None:
+    message = error(method=LoraMethod(rank=9, init="lora-ga"))  # type: ignore[arg-type]
+    assert "lora-ga takes 2 x rank directions, so its rank can be 8 at most, found 9" in message
+    assert "k_proj (2 layers of LlamaForCausalLM, [out, in] = [16, 32])" in message
+    assert "q_proj" not in message
+    assert "lora-ga" not in error(method=LoraMethod(rank=40, init="lora-ga"))  # type: ignore[arg-type]
+    resolve(tiny_llama(), AdapterConfig(method=LoraMethod(rank=8, init="lora-ga")))  # type: ignore[arg-type]

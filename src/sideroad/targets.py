@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sideroad.config import AdapterConfig
+from sideroad.config import SUBTRACTED, AdapterConfig, init_name
 from sideroad.errors import AdapterError, TargetError, did_you_mean, raise_findings
 from sideroad.kinds.experts import ExpertWeight
 from sideroad.pairs import blocks, pair_shapes, slices_of
@@ -19,10 +19,12 @@ from sideroad.survey import Survey
 from sideroad.weights import has_trainable_bias, layer_shape
 
 __all__ = [
+    "Counts",
     "Survey",
     "Target",
     "alpha_of",
     "bias_paths",
+    "count_values",
     "matches",
     "named_exactly",
     "rank_of",
@@ -52,6 +54,33 @@ class Target:
     def parameters(self) -> int:
         """Number of values in A and B."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many values a layer has: trained, in the file, and of the latter in float32 whatever the rest is."""
+
+    trained: int
+    stored: int
+    wide: int = 0
+
+
+def count_values(target: Target, config: AdapterConfig) -> Counts:
+    """Count what a method trains on a layer, and what it leaves in the file, a trained bias apart.
+
+    Ranks are taken as the target has them. AdaLoRA's file holds the share of its triplets that is kept on average; what
+    each layer keeps, and what EVA gives it, only the data can say.
+    """
+    method, rows = config.method, target.shapes[0][0]
+    A, B = map(math.prod, target.shapes)
+    stored = A + (B if slices_of(config, target.path) is None else target.out_features * rows)
+    if init_name(method.init) in SUBTRACTED:
+        stored *= 2
+    if method.kind == "dora":
+        return Counts(A + B + target.out_features, stored + target.out_features, wide=target.out_features)
+    if method.kind == "adalora":
+        return Counts(A + B + rows, round(stored * method.target_rank / method.rank))
+    return Counts(B if method.trains == "B" else A + B, stored)
 
 
 def rank_of(config: AdapterConfig, path: str) -> int:
@@ -89,7 +118,7 @@ def resolve(model: nn.Module | Survey, config: AdapterConfig, *, any_rank: bool 
         findings.append(f"no layer of {survey.model_name} is left to adapt after exclude and layers. {survey.found()}")
     if targets:
         findings += _check_numbers(survey, config, targets)
-        findings += [] if any_rank else oversized(survey, targets)
+        findings += [] if any_rank else oversized(survey, targets) + _too_narrow(survey, config, targets)
     if targets or whole or rows:
         findings += _check_biases(survey, config, targets)
     raise_findings(TargetError, f"targets of {survey.model_name}", findings)
@@ -195,6 +224,23 @@ def oversized(survey: Survey, targets: Mapping[str, Target]) -> list[str]:
             " Lower method.rank, or set rank_pattern for it."
         )
     return findings
+
+
+def _too_narrow(survey: Survey, config: AdapterConfig, targets: Mapping[str, Target]) -> list[str]:
+    """A finding for each kind of layer that has too few directions for LoRA-GA, though enough for its rank."""
+    if init_name(config.method.init) != "lora-ga":
+        return []
+    narrow = Counter(
+        (target.path.rpartition(".")[2], target.rank, target.out_features, target.in_features)
+        for target in targets.values()
+        if target.rank <= target.largest_rank < 2 * target.rank
+    )
+    return [
+        f"{leaf} ({count} layer{'s' * (count > 1)} of {survey.model_name}, [out, in] = [{out_features}, "
+        f"{in_features}]): init: lora-ga takes 2 x rank directions, so its rank can be "
+        f"{min(out_features, in_features) // 2} at most, found {rank}. Lower method.rank, or set rank_pattern for it."
+        for (leaf, rank, out_features, in_features), count in narrow.items()
+    ]
 
 
 def _check_biases(survey: Survey, config: AdapterConfig, targets: Iterable[str]) -> list[str]:

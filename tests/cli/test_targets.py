@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mixtures import mixture
 from terminal import call
-from tiny import tiny_tokenizer
+from tiny import tiny_model_dir, tiny_tokenizer
 
 
 def test_table_and_totals(place: Path) -> None:
@@ -61,6 +61,12 @@ def test_a_regular_expression_keeps_its_commas(place: Path) -> None:
         (["--set", "optim.lr=1"], 2, "adapter.…"),
         (["--set", "adapter.bais=all"], 2, 'Did you mean "bias"?'),
         (["--layers", "7"], 5, "has blocks 0-1 only"),
+        (["--rank", "9", "--set", "adapter.method.init=lora-ga"], 5, "its rank can be 8 at most, found 9"),
+        (
+            ["--targets", "embed_tokens", "--set", "adapter.method.kind=dora"],
+            5,
+            "model.embed_tokens is an embedding",
+        ),
     ],
 )
 def test_wrong_choices(place: Path, arguments: list[str], code: int, words: str) -> None:
@@ -74,6 +80,49 @@ def test_either_a_model_or_a_recipe(place: Path) -> None:
         spoken = call("targets", *arguments)
         assert spoken.code == 2
         assert "either a MODEL or --recipe" in spoken.err
+
+
+def test_a_recipe_with_another_base(place: Path, tmp_path: Path) -> None:
+    tiny_model_dir(tmp_path, num_hidden_layers=3)
+    other = f"base.model={tmp_path / 'tiny-llama'}"
+    spoken = call("targets", "--recipe", place / "task.yaml", "--set", other, "--rank", "2", "--json")
+    assert spoken.code == 0, spoken.err
+    shown = json.loads(spoken.out)
+    assert shown["model"] == str(tmp_path / "tiny-llama")
+    assert len(shown["paths"]) == 3 * 7
+    spoken = call("targets", "--recipe", place / "task.yaml", "--set", "base.modle=x")
+    assert spoken.code == 2
+    assert 'Did you mean "model"?' in spoken.err
+
+
+# q_proj and v_proj of two blocks: 32 + 32 and 32 + 16 values for each rank
+@pytest.mark.parametrize(
+    ("method", "trained", "stored", "size", "words"),
+    [
+        ("{rank: 4}", 896, 896, 3584, "3.58 kB in float32, 1.79 kB in bfloat16\n"),
+        ("{kind: dora, rank: 4}", 992, 992, 3968, "3.97 kB in float32, 2.18 kB in bfloat16\n"),
+        ("{trains: B, rank: 4}", 384, 896, 3584, "1.79 kB in bfloat16 (896 values)"),
+        ("{init: pissa, rank: 4}", 896, 1792, 7168, "3.58 kB in bfloat16 (1,792 values)"),
+        ("{init: lora-ga, rank: 4}", 896, 1792, 7168, "3.58 kB in bfloat16 (1,792 values)"),
+        (
+            "{kind: adalora, rank: 4, target_rank: 3}",
+            912, 672, 2688, "AdaLoRA deals ranks while it trains, 3 of 4 to a layer on average",
+        ),
+        ("{init: eva, rank: 4}", 896, 896, 3584, "init: eva deals ranks when training starts"),
+    ],
+)  # fmt: skip
+def test_counts_and_sizes_go_by_the_method(
+    place: Path, method: str, trained: int, stored: int, size: int, words: str
+) -> None:
+    arguments = ("targets", place / "tiny-llama", "--targets", "q_proj,v_proj", "--set", f"adapter.method={method}")
+    shown = json.loads(call(*arguments, "--json").out)
+    assert (shown["trainable_parameters"], shown["stored_parameters"]) == (trained, stored)
+    assert sum(group["parameters"] for group in shown["groups"]) == trained
+    assert sum(group["stored"] for group in shown["groups"]) == stored
+    assert shown["file_bytes"]["float32"] == size
+    spoken = call(*arguments)
+    assert f"{trained:,} trainable parameters" in spoken.out
+    assert words in spoken.out, spoken.out
 
 
 def test_experts_are_counted_one_by_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from sideroad.base.config import BaseConfig
 from sideroad.config import AdapterConfig, Settings
 from sideroad.data.config import DataConfig
 from sideroad.errors import ConfigError, did_you_mean, raise_findings
@@ -15,8 +16,9 @@ from sideroad.train.recipe import parse_value
 
 
 class Adapted(Settings):
-    """The section of a recipe that `targets` reads."""
+    """The sections of a recipe that `targets` reads."""
 
+    base: BaseConfig
     adapter: AdapterConfig = AdapterConfig()
 
 

@@ -14,6 +14,7 @@ from sideroad.cli import frame
 if TYPE_CHECKING:
     from torch import nn
 
+    from sideroad.cli.settings import Adapted
     from sideroad.config import AdapterConfig
     from sideroad.targets import Target
 
@@ -60,20 +61,19 @@ def run(
     debug: frame.Debug = False,
 ) -> None:
     """Show which layers a choice adapts, with shapes, ranks and counts; no weights are needed."""
-    from sideroad.base import BaseConfig, load_meta
+    from sideroad.base import load_meta
     from sideroad.cli import render
     from sideroad.errors import ConfigError
     from sideroad.train.recipe import load_recipe
 
     if (model is None) == (recipe is None):
         raise ConfigError("give either a MODEL or --recipe FILE")
-    written = load_recipe(recipe) if recipe else None
-    base = written.base if written else BaseConfig(model=model or "")
-    start = {"adapter": written.adapter.model_dump(mode="json")} if written else {"adapter": {}}
+    written = load_recipe(recipe).model_dump(mode="json") if recipe else {"base": {"model": model}, "adapter": {}}
+    start = {name: written[name] for name in ("base", "adapter")}
     options = {"targets": _split(targets), "exclude": _split(exclude), "layers": layers, "method.rank": rank}
     given = [(f"adapter.{key}", value) for key, value in options.items() if value is not None]
-    config = _configure(start, given, set_ or ())
-    survey = _survey(load_meta(base, offline=offline), config, base.model)
+    chosen = _configure(start, given, set_ or ())
+    survey = _survey(load_meta(chosen.base, offline=offline), chosen.adapter, chosen.base.model)
     if as_json:
         render.write_json(survey)
     else:
@@ -87,20 +87,25 @@ def _split(patterns: Sequence[str] | None) -> list[str] | None:
     return [name for item in patterns for name in ([item] if item.startswith("re:") else item.split(",")) if name]
 
 
-def _configure(start: dict[str, Any], options: list[tuple[str, Any]], overrides: Sequence[str]) -> AdapterConfig:
+def _configure(start: dict[str, Any], options: list[tuple[str, Any]], overrides: Sequence[str]) -> Adapted:
     from sideroad.cli.settings import Adapted, change
     from sideroad.config import validate
 
-    return validate(Adapted, change(start, options, overrides), "the command line").adapter
+    return validate(Adapted, change(start, options, overrides), "the command line")
 
 
 def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
+    from sideroad.errors import TargetError, raise_findings
+    from sideroad.methods import objection
     from sideroad.mixtures import mixture_notes
     from sideroad.survey import Survey
-    from sideroad.targets import resolve
+    from sideroad.targets import count_values, resolve
 
     survey = Survey(model)
     targets = resolve(survey, config)
+    objections = [f"{path} {why}." for path in targets if (why := objection(config, path, survey.modules[path]))]
+    raise_findings(TargetError, "the method does not fit these layers", objections)
+    counts = {path: count_values(target, config) for path, target in targets.items()}
     biased = survey.biases(config, targets)
     rows = {path: len(ids) for path, ids in survey.rows(config, []).items()}
     whole = {
@@ -113,17 +118,20 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
         leaf = ".".join(target.path.split(".")[-2 if target.experts else -1 :])
         shape = (target.out_features, target.in_features)
         groups[leaf, *shape, target.rank, target.alpha, target.experts].append(target)
-    trainable = sum(target.parameters for target in targets.values()) + biases + extra + sum(whole.values())
+    beside = biases + extra + sum(whole.values())
+    trainable = sum(one.trained for one in counts.values()) + beside
+    stored, wide = sum(one.stored for one in counts.values()) + beside, sum(one.wide for one in counts.values())
     base = sum(one.numel() for one in model.parameters())
     return {
         "model": name,
         "architecture": type(model).__name__,
         "base_parameters": base,
         "trainable_parameters": trainable,
+        "stored_parameters": stored,
         "total_parameters": base + trainable,
         "trainable_percent": 100 * trainable / (base + trainable),
         "bias_parameters": biases,
-        "file_bytes": {"float32": 4 * trainable, "bfloat16": 2 * trainable},
+        "file_bytes": {"float32": 4 * stored, "bfloat16": 2 * (stored + wide)},
         "groups": [
             {
                 "name": leaf,
@@ -133,7 +141,8 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
                 "rank": rank,
                 "alpha": alpha,
                 "experts": experts,
-                "parameters": sum(target.parameters for target in group),
+                "parameters": sum(counts[target.path].trained for target in group),
+                "stored": sum(counts[target.path].stored for target in group),
             }
             for (leaf, out_features, in_features, rank, alpha, experts), group in groups.items()
         ],
@@ -141,8 +150,23 @@ def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any
         "bias_paths": list(biased),
         "rows": rows,
         "whole": whole,
-        "notes": list(mixture_notes(survey, config, targets).lines),
+        "notes": [*mixture_notes(survey, config, targets).lines, *_dealing(config)],
     }
+
+
+def _dealing(config: AdapterConfig) -> list[str]:
+    """What is said where ranks are settled later than here."""
+    from sideroad.config import init_name
+
+    method = config.method
+    if method.kind == "adalora":
+        return [
+            f"AdaLoRA deals ranks while it trains, {method.target_rank} of {method.rank} to a layer on average: the "
+            "size of the file is about right"
+        ]
+    if init_name(method.init) == "eva":
+        return ["init: eva deals ranks when training starts, their sum staying the same: counts are about right"]
+    return []
 
 
 def _print(survey: dict[str, Any], all_paths: bool) -> None:
@@ -171,7 +195,8 @@ def _print(survey: dict[str, Any], all_paths: bool) -> None:
         f"{render.share(trainable, total)} of {total:,}, base and adapter"
     )
     sizes = ", ".join(f"{render.size(number)} in {name}" for name, number in file_bytes.items())
-    console.print(f"adapter file {sizes}")
+    stored = survey["stored_parameters"]
+    console.print(f"adapter file {sizes}" + (f" ({stored:,} values)" if stored != trainable else ""))
     for note in survey["notes"]:
         console.print(note, soft_wrap=True)
     for path, count in survey["rows"].items():
