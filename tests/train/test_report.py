@@ -153,6 +153,13 @@ def test_card_says_base_data_recipe_scores_and_how_to_load() -> None:
         assert expected in text
 
 
+def test_card_tells_trained_and_stored_apart_where_they_differ() -> None:
+    apart = card(trained=1_221_120)
+    assert "1,221,120 trained parameters on 210 layers, stored as 2,442,240 values, made with" in apart
+    assert card(trained=2_442_240) == card()
+    assert "stored as" not in card()
+
+
 def test_card_without_licence_or_scores_says_so() -> None:
     text = card(base_licence=None, scores=None)
     assert "license" not in yaml.safe_load(text.split("---")[1])

@@ -40,9 +40,11 @@ class CardFacts:
         base_name: what the base is called.
         base_reference: what `base_model` in the front matter says: a hub id, else the base's name.
         recipe: the resolved recipe as YAML.
-        parameters: trained ones; `adapted_layers` how many layers carry them.
+        parameters: values in the file; `adapted_layers` how many layers carry them.
         kept: which weights these are, in words, such as `last step (330)`.
         version: sideroad's.
+        trained: values that were trained, fewer or more than those in the file where a start, a factor that is kept, or
+            pruned triplets are among either; None where they are the same.
     """
 
     name: str
@@ -58,6 +60,7 @@ class CardFacts:
     kept: str
     scores: Comparison | None
     version: str
+    trained: int | None = None
 
 
 def loss_plot(records: Sequence[Mapping[str, Any]], title: str = "") -> bytes:
@@ -157,11 +160,13 @@ def model_card(facts: CardFacts) -> str:
         "tags": ["lora", "sideroad", *([f"base_model:adapter:{facts.base_reference}"] if _on_hub(facts) else [])],
     }
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
+    trained = facts.parameters if facts.trained is None else facts.trained
+    stored = "" if trained == facts.parameters else f", stored as {facts.parameters:,} values"
     parts = [
         f"---\n{head}\n---",
         f"# {facts.name}",
-        f"A LoRA adapter for {facts.base_name}: {facts.parameters:,} trained parameters on {facts.adapted_layers} "
-        f"layers, made with sideroad {facts.version}. The weights are those of the {facts.kept}.",
+        f"A LoRA adapter for {facts.base_name}: {trained:,} trained parameters on {facts.adapted_layers} "
+        f"layers{stored}, made with sideroad {facts.version}. The weights are those of the {facts.kept}.",
         _base(facts),
         _data(facts.data),
         "" if facts.scores is None else "## Scores\n\n" + scores_table(facts.scores),
