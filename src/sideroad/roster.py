@@ -104,7 +104,7 @@ class Roster:
                 if met:
                     findings.append(
                         f'"{other}" and "{name}" are both DoRA adapters of {min(met)}, and a layer has one magnitude; '
-                        "let one act at a time, or merge one into the base first."
+                        "let one act at a time, or make one a part of the base with merge_and_unload()."
                     )
         return findings
 

@@ -101,7 +101,7 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
     placed = {
         part: tensor.detach().to(
             parameter.device,
-            torch.promote_types(dtype, torch.float32) if part == "magnitude" else dtype,
+            torch.promote_types(parameter.dtype, torch.float32) if part == "magnitude" else dtype,
             copy=True,
             memory_format=torch.contiguous_format,
         )
@@ -149,7 +149,7 @@ def objection(config: AdapterConfig, path: str, layer: nn.Module) -> str | None:
         what = method.kind if method.kind != "lora" else "trains: B" if alone else f"init: {named}"
         parts = "experts" if isinstance(kind, Experts) else "slices or groups"
         return f"has a pair for each of its {parts}, which {what} does not know. Exclude it, or use plain LoRA"
-    if named in FROM_DATA and not kind.linear:
+    if named in FROM_DATA and (not kind.linear or kind.seam == "owner"):
         return f"is a {type(layer).__name__}; init: {named} looks at linear layers only. Exclude it"
     return None
 

@@ -105,12 +105,14 @@ class Stepper:
 
     def apply(self, prepared: Prepared) -> None:
         """Clip and take the prepared step."""
+        if self.budget is not None:
+            self.budget.observe()
         limit = self._config.clip_norm
         if limit is not None and prepared.grad_norm > limit:
             torch._foreach_mul_(self._present_gradients(), limit / prepared.grad_norm)
         adamw.set_rate(self.optimizer, factor(self._config, prepared.progress.step, self._steps))
         if self.budget is not None:
-            self.budget.observe()
+            self.budget.regularise()
         with adamw.idle_experts_kept(self._experts):
             self.optimizer.step()
         if self.budget is not None:
@@ -146,8 +148,6 @@ class Stepper:
             sums.append(loss.detach())
         if scale != 1:
             torch._foreach_mul_(self._present_gradients(), 1 / scale)
-        if self.budget is not None:
-            self.budget.regularise()
         norm = adamw.gradient_norm(self._parameters)
         *losses, grad_norm = torch.stack([*sums, norm.to(sums[0].dtype)]).tolist()
         counted = iter(losses)
