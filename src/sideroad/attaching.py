@@ -20,7 +20,8 @@ from sideroad.hold import HANDLE
 from sideroad.init import draw_seed, start_tensors
 from sideroad.joining import Placed, start_rows, state_without_adapters
 from sideroad.kinds.experts import layer_at, same_layer
-from sideroad.methods import ROWS, objection
+from sideroad.methods import ROWS
+from sideroad.methods.objections import objection
 from sideroad.mixtures import mixture_notes
 from sideroad.peft_keys import BASE
 from sideroad.survey import Survey

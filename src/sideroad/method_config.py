@@ -99,6 +99,12 @@ class PairSettings(Settings):
     `random`: both factors, so that a new adapter changes the model; for tests."""
 
 
+    @property
+    def variant(self) -> str:
+        """Which delta it is: its kind, or a form of it that has a delta of its own."""
+        return str(getattr(self, "kind", ""))
+
+
 class LoraMethod(PairSettings):
     """Low-rank adaptation, `W' = W + s·B·A` (LoRA, Hu et al. 2021, arXiv:2106.09685, sec. 4.1)."""
 
@@ -107,6 +113,12 @@ class LoraMethod(PairSettings):
     trains: Literal["both", "B"] = "both"
     """Which factors are trained. `B` keeps A as it starts and saves what training A would keep of every layer's input
     (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303)."""
+
+
+    @property
+    def variant(self) -> str:
+        """`lora-fa` where A is not trained."""
+        return "lora-fa" if self.trains == "B" else "lora"
 
 
 class DoraMethod(PairSettings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,7 @@ class Stepper:
         parameters: trainable ones, by name.
         loss_of: gives the summed loss of a micro-batch, see `Execution.loss_of`.
         budget: of an AdaLoRA adapter; None for the others.
+        looked_up: paths of embeddings whose A starts at zero, where A and B change roles.
         steps: length of the run, for the schedule.
         seed: of dropout, from which every micro-batch derives its own.
         experts: name of a parameter that holds a pair for each of several experts → how many; in a step in which no
@@ -62,10 +63,9 @@ class Stepper:
         steps: int,
         seed: int,
         budget: Budget | None = None,
+        looked_up: Collection[str] = (),
         experts: Mapping[str, int] | None = None,
     ) -> None:
-        paths = {name.rpartition(".")[0] for name in parameters}
-        looked_up = {path for path, one in model.named_modules() if path in paths and isinstance(one, nn.Embedding)}
         self.optimizer: AdamW = adamw.build(parameters, config, looked_up)
         self.budget = budget
         self._named = dict(parameters)
