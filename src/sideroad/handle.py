@@ -343,7 +343,7 @@ class Attached:
 
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
-            raise MergeError(f"{what} while {', '.join(self.merged_names)} is merged into the weights; unmerge() first.")
+            raise MergeError(f"{what} while {', '.join(self.merged_names)} is merged into weights; unmerge() first.")
 
     def _refuse_inside(self, what: str) -> None:
         if self._route.depth:

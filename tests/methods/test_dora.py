@@ -113,7 +113,7 @@ def test_16_bit_bases_are_scaled_by_exact_norms() -> None:
     [
         (nn.Sequential(nn.Embedding(9, 4)), {"targets": "0"}, "0 is an embedding, which has no rows that outputs are"),
         (nn.Sequential(nn.Linear(4, 6)), {"slices": {"0": (True, False)}}, "which dora does not know"),
-        (nn.Sequential(nn.MultiheadAttention(4, 2)), {"targets": "0"}, "DoRA scales the output of a layer that is called"),
+        (nn.Sequential(nn.MultiheadAttention(4, 2)), {"targets": "0"}, "DoRA scales the output of a layer"),
     ],
 )
 def test_layers_it_cannot_act_on_are_refused_by_name(model: nn.Module, fields: dict[str, object], words: str) -> None:
