@@ -260,8 +260,7 @@ class Attached:
         """
         self._refuse_inside("detach()")
         self._refuse_merged("detach()")
-        names = self.names if name is None else (name,)
-        for one in names:
+        for one in (names := self.names if name is None else (name,)):
             self._roster.find(one)
         with uninterrupted():
             for one in names:
@@ -343,7 +342,8 @@ class Attached:
 
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
-            raise MergeError(f"{what} while {', '.join(self.merged_names)} is merged into weights; unmerge() first.")
+            shown = ", ".join(self.merged_names)
+            raise MergeError(f"{what} while {shown} is merged into the weights; unmerge() first.")
 
     def _refuse_inside(self, what: str) -> None:
         if self._route.depth:
