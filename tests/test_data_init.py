@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 from tiny import tiny_llama
 from torch import Tensor, nn
 
 from sideroad.attaching import attach
-from sideroad.config import AdapterConfig, EvaInit, LoraGaInit, LoraMethod
+from sideroad.config import AdapterConfig, DoraMethod, EvaInit, LoraGaInit, LoraMethod
 from sideroad.errors import ConfigError, TargetError
 
 IDS = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -108,3 +110,56 @@ def test_what_is_missing_is_said() -> None:
     layers = AdapterConfig(targets=("q_proj", "embed_tokens"), method=LoraMethod(rank=2, init="eva"))
     with pytest.raises(TargetError, match=r"embed_tokens is a Embedding; init: eva looks at linear layers only"):
         attach(tiny_llama(), layers, batches=BATCHES)
+
+
+def test_what_cannot_be_looked_at_is_said() -> None:
+    nothing = [{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}]
+    for init in ("eva", "lora-ga"):
+        with pytest.raises(ConfigError, match="looks at trained tokens, and no batch has any"):
+            attach(tiny_llama(), AdapterConfig(method=LoraMethod(rank=2, init=init)), batches=nothing)
+    tied = AdapterConfig(targets=("q_proj", "lm_head"), method=LoraMethod(rank=2, init="lora-ga"))
+    with pytest.raises(TargetError, match=r"lm_head shares its weight with model.embed_tokens, so its own gradient"):
+        attach(tiny_llama(tie_word_embeddings=True), tied, batches=BATCHES)
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+    for method in (LoraMethod(rank=2, init="pissa"), DoraMethod(rank=2)):
+        with pytest.raises(TargetError, match=r"0.self_attn.q_proj has weights that are NaN or infinite"):
+            attach(broken, AdapterConfig(method=method))
+
+
+def test_batches_may_be_endless_and_more_than_the_first_is_looked_at() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, second: bool) -> Tensor:
+            return self.a(x) + (self.b(2 * x) if second else 0)
+
+    rows = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
+    batches = ({"x": rows, "second": number > 0} for number in count())
+    config = AdapterConfig(method=LoraMethod(rank=2, init=EvaInit(batches=3, rho=1)))
+    handle = attach(Sometimes(), config, seed=0, batches=batches)
+    assert set(handle.paths("default")) == {"a", "b"}
+    pair = handle.parameters("default")
+    torch.testing.assert_close(pair["a.A"].abs(), pair["b.A"].abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_told_apart_by_all_their_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return self.a(x) + self.b(other) + self.b(x)
+
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn(40, 6, generator=generator), 3 * torch.randn(40, 6, generator=generator)
+    config = AdapterConfig(method=LoraMethod(rank=2, init=EvaInit(rho=1)))
+    handle = attach(Twice(), config, seed=0, batches=[{"x": x, "other": other}])
+    A = handle.parameters("default")["b.A"].detach()
+    both = torch.cat([x, other])
+    best = torch.linalg.svdvals(both)[:2].square().sum()
+    assert float((both @ A.t()).square().sum()) == pytest.approx(float(best), rel=1e-5)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from sideroad.adapter import Adapter
@@ -19,11 +20,14 @@ from sideroad.hold import HANDLE
 from sideroad.init import draw_seed, start_tensors
 from sideroad.joining import Placed, start_rows, state_without_adapters
 from sideroad.kinds.experts import layer_at, same_layer
-from sideroad.methods import ROWS, objection
+from sideroad.methods import ROWS
+from sideroad.methods.objections import objection
 from sideroad.mixtures import mixture_notes
 from sideroad.peft_keys import BASE
+from sideroad.survey import Survey
 from sideroad.targets import resolve
 from sideroad.tying import find_followers, tying_findings
+from sideroad.weights import weight_of
 
 __all__ = ["Attached", "attach", "attached"]
 
@@ -44,7 +48,7 @@ def attach(
     seed: int | None = None,
     trainable: bool | None = None,
     any_rank: bool = False,
-    batches: Sequence[Batch] | None = None,
+    batches: Iterable[Batch] | None = None,
 ) -> Attached:
     """Put an adapter on a model, new (from a configuration) or with weights (a value). The base is frozen.
 
@@ -126,12 +130,14 @@ def _place(handle: Attached, value: Adapter, name: str) -> Placed:
 
 
 def _start(
-    handle: Attached, config: AdapterConfig, seed: int | None, any_rank: bool, batches: Sequence[Batch] | None
+    handle: Attached, config: AdapterConfig, seed: int | None, any_rank: bool, batches: Iterable[Batch] | None
 ) -> tuple[AdapterConfig, Placed]:
     """Resolve a configuration and make the tensors of a new adapter, in model order; data may settle its ranks."""
     survey = handle.survey(fresh=True)
     targets = resolve(survey, config, any_rank=any_rank)
     objections = [f"{path} {why}." for path in targets if (why := objection(config, path, survey.modules[path]))]
+    if config.method.kind == "dora" or init_name(config.method.init) in FROM_WEIGHT:
+        objections += [f"{path} has weights that are NaN or infinite." for path in targets if _broken(survey, path)]
     raise_findings(TargetError, "the method does not fit these layers", objections)
     given: Mapping[str, tuple[Tensor, Tensor]] = {}
     if init_name(config.method.init) in FROM_DATA:
@@ -159,3 +165,9 @@ def _start(
         {path: state_without_adapters(survey.modules[path]) for path in whole},
         find_followers(survey, config, tensors, whole),
     )
+
+
+def _broken(survey: Survey, path: str) -> bool:
+    """Whether a layer's weight, which a start or a magnitude is taken from, is not finite."""
+    weight = weight_of(survey.modules[path])
+    return not weight.is_meta and not bool(torch.isfinite(weight.detach()).all())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class FoundStart:
 
 
 def start_from_data(
-    model: nn.Module, config: AdapterConfig, targets: Mapping[str, Target], batches: Sequence[Batch] | None
+    model: nn.Module, config: AdapterConfig, targets: Mapping[str, Target], batches: Iterable[Batch] | None
 ) -> FoundStart:
     """Find the start of every pair from a few batches; the model's weights, modes and gradients stay as they are.
 
@@ -45,16 +46,22 @@ def start_from_data(
         targets: the layers to adapt, all of them linear.
         batches: of training data; as many as the initialisation asks for are used.
     Raises:
-        ConfigError: no batches, or nothing in them.
+        ConfigError: no batches, or no trained token in them.
         TargetError: a layer that no batch has reached, or one too narrow.
     """
     init = config.method.init
     assert isinstance(init, EvaInit | LoraGaInit), "the others need no data"
-    used = list(batches or ())[: init.batches]
+    if not targets:
+        return FoundStart(config, {})
+    used = list(islice(batches or (), init.batches))
     if not used:
         raise ConfigError(
             f"init: {init_name(init)} looks at training data, and there is none; pass attach(..., batches=[...]) "
             "with the arguments of the model's forward, input_ids and labels among them."
+        )
+    if not any(_says_something(batch) for batch in used):
+        raise ConfigError(
+            f"init: {init_name(init)} looks at trained tokens, and no batch has any: their labels are all -100."
         )
     with in_eval_mode(model):
         return _eva(model, config, init, targets, used) if isinstance(init, EvaInit) else _lora_ga(
@@ -80,9 +87,9 @@ def _eva(
             directions[leader] = _leading(gram, most)
     _refuse_unreached([path for path, leader in leaders.items() if leader not in directions], "eva")
     shares = {path: directions[leader][0][: _most(targets[path], init.rho)] for path, leader in leaders.items()}
-    ranks = _deal(shares, sum(target.rank for target in targets.values()))
-    if init.rho == 1:
-        ranks = {path: target.rank for path, target in targets.items()}
+    ranks = {path: min(target.rank, len(shares[path])) for path, target in targets.items()}
+    if init.rho > 1:
+        ranks = _deal(shares, sum(ranks.values()))
     gone = tuple(f"re:{re.escape(path)}" for path, rank in ranks.items() if not rank)
     kept = {path: rank for path, rank in ranks.items() if rank}
     settled = with_ranks(config, kept).model_copy(update={"exclude": (*config.exclude, *gone)})
@@ -107,6 +114,12 @@ def _lora_ga(
         if 2 * target.rank > min(target.out_features, target.in_features)
     ]
     raise_findings(TargetError, "layers too narrow for init: lora-ga", narrow)
+    shared = [
+        f"{path} shares its weight with {', '.join(others)}, so its own gradient cannot be told apart; exclude it."
+        for path in targets
+        if (others := _sharing(model, path))
+    ]
+    raise_findings(TargetError, "init: lora-ga", shared)
     pairs = {}
     for some in _passes({path: target.in_features * target.out_features for path, target in targets.items()}):
         gradients = _gradients(model, some, batches)
@@ -121,18 +134,20 @@ def _lora_ga(
 
 
 def _leaders(model: nn.Module, targets: Mapping[str, Target], batch: Batch) -> dict[str, str]:
-    """Return, for each layer, the first of those that are called with the same tensor."""
-    seen: dict[int, tuple[Tensor, str]] = {}
-    leaders: dict[str, str] = {}
+    """Return, for each layer, the first of those that are called with the same tensors, unchanged in between."""
+    calls: dict[str, list[tuple[int, int]]] = {path: [] for path in targets}
+    kept: list[Tensor] = []
 
     def look(path: str, x: Tensor) -> None:
         # the tensor is kept, so that no later one gets its id
-        leaders[path] = seen.setdefault(id(x), (x, path))[1]
+        kept.append(x)
+        calls[path].append((id(x), 0 if x.is_inference() else x._version))
 
     with torch.no_grad(), _watched(model, targets, look):
         model(**batch)
-    _refuse_unreached([path for path in targets if path not in leaders], "eva")
-    return leaders
+    first: dict[tuple[tuple[int, int], ...], str] = {}
+    # one that this batch does not reach stands for itself: another may
+    return {path: first.setdefault(tuple(seen), path) if seen else path for path, seen in calls.items()}
 
 
 @torch.no_grad()
@@ -225,6 +240,12 @@ def _passes(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         yield some
 
 
+def _says_something(batch: Batch) -> bool:
+    """Whether a batch has a token to look at."""
+    wanted = _trained(batch)
+    return wanted is None or bool(wanted.any())
+
+
 def _trained(batch: Batch) -> Tensor | None:
     """Return which tokens of a batch are trained on, or at least not padding; None where it does not say."""
     labels, mask = batch.get("labels"), batch.get("attention_mask")
@@ -259,6 +280,13 @@ def _only_trainable(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[Non
     finally:
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
+
+
+def _sharing(model: nn.Module, path: str) -> list[str]:
+    """Return the other modules that hold a layer's weight."""
+    weight, own = _weight(model, path), model.get_submodule(path)
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, one in modules if one is not own and any(p is weight for p in one._parameters.values())]
 
 
 def _weight(model: nn.Module, path: str) -> nn.Parameter:

@@ -17,7 +17,8 @@ from sideroad.kinds import ALLOWED
 from sideroad.kinds.convolution import CLASSES
 from sideroad.kinds.embedding import Embedding as EmbeddingKind
 from sideroad.kinds.prepared import PreparedConvolution, asked
-from sideroad.methods import PARTS, ROWS, START, objection, tokens_of
+from sideroad.methods import PARTS, ROWS, START, tokens_of
+from sideroad.methods.objections import objection
 from sideroad.pairs import pair_shapes
 from sideroad.peft_experts import order_problems
 from sideroad.peft_keys import PEFT_CONVOLUTION

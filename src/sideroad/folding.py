@@ -98,6 +98,10 @@ def _fold_triplets(config: AdapterConfig, found: dict[str, dict[str, Tensor]]) -
     if not any(len(kept) for kept in alive.values()):
         # nothing is trained yet: one triplet of zero change stands for each layer
         alive = dict.fromkeys(paths, torch.zeros(1, dtype=torch.long))
+    # a layer that has something beside its pair stays a target, with one triplet of zero change
+    for path in paths:
+        if not len(alive[path]) and found[path].keys() - {"A", "B", "E"}:
+            alive[path] = torch.zeros(1, dtype=torch.long)
     gone = [path for path in paths if not len(alive[path])]
     for path in paths:
         found[path] = _with_values(found[path], alive[path].to(found[path]["E"].device))

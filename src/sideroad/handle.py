@@ -112,12 +112,13 @@ class Attached:
         """Overwrite an attached adapter's tensors and settings in place; `requires_grad` stays as it is.
 
         Raises:
-            AdapterError: another set of tensors or other shapes; all are listed and nothing is changed.
+            AdapterError: another method, set of tensors or shapes; all are listed and nothing is changed.
             MergeError: the adapter is merged.
         """
         entry = self._roster.find(name)
         if name in self.merged_names:
             raise MergeError(f'adapter "{name}" is merged; unmerge() before loading into it.')
+        described = self._roster.described(name, value)
         present = state_of(self.model, entry.paths, name)
         placed = compare_layouts(self.survey(), value, name, layout_of(present))
         with torch.no_grad(), uninterrupted():
@@ -125,7 +126,7 @@ class Attached:
                 for leaf, tensor in parts.items():
                     tensor.copy_(placed[path][leaf])
                 tune_delta(find_delta(self.model, path, name), value.config, path, layer_at(self.model, path))
-            self._roster.entries[name] = replace(entry, description=replace(value, weights={}, modules={}))
+            self._roster.entries[name] = replace(entry, description=described)
 
     def set_trainable(self, names: str | Sequence[str]) -> None:
         """Make exactly these adapters require gradients; an empty sequence freezes them all."""
@@ -259,8 +260,7 @@ class Attached:
         """
         self._refuse_inside("detach()")
         self._refuse_merged("detach()")
-        names = self.names if name is None else (name,)
-        for one in names:
+        for one in (names := self.names if name is None else (name,)):
             self._roster.find(one)
         with uninterrupted():
             for one in names:
@@ -324,8 +324,8 @@ class Attached:
         if not weights:
             listed = self._roster.listed()
             raise AdapterError(f"no adapter is active, so there is nothing to merge; name one of: {listed}.")
-        places = {unescape(key): self._roster.entries[unescape(key)].places for key in weights}
-        parts = gather_parts(self.model, places, {unescape(key): weight for key, weight in weights.items()})
+        named = {unescape(key): weight for key, weight in weights.items()}
+        parts = gather_parts(self.model, {name: self._roster.find(name).places for name in named}, named)
         with uninterrupted():
             kept, untied = merge_into(self.model, parts, keep_base=keep_base)
             self._merged = Merged(dict(weights), self._route.live, kept, untied)

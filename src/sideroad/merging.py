@@ -271,8 +271,6 @@ def _surely_finite(layer: nn.Module, pairs: Pairs) -> bool:
             size = size + abs(factor) * delta.bound(layer)
             continue
         low = cast(Delta, delta).lower(layer)
-        if low is not None and low.gain is not None:
-            return False
         size = size + (0.0 if low is None else abs(factor) * low.bound())
     # a NaN anywhere makes the comparison false; half of the largest number leaves room for rounding
     return bool(size < torch.finfo(weight.dtype).max / 2)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sideroad.adapter import Adapter
+from sideroad.config import LoraMethod
 from sideroad.errors import AdapterError, did_you_mean, raise_findings
 from sideroad.route import Names, read_weights
 
@@ -74,6 +75,22 @@ class Roster:
                 f'an adapter named "{name}" is attached already; detach("{name}"), load into it, or take another name.'
             )
 
+    def described(self, name: str, value: Adapter) -> Adapter:
+        """Return what describes an adapter once a value is loaded into it: which factors learn stays as it was.
+
+        Raises:
+            AdapterError: the value is of another method than the adapter's deltas.
+        """
+        mine, theirs = self.find(name).description.config.method, value.config.method
+        if mine.kind != theirs.kind:
+            raise AdapterError(
+                f'adapter "{name}" is {mine.kind}, and what is loaded into it is {theirs.kind}; attach it anew.'
+            )
+        if isinstance(mine, LoraMethod):
+            theirs = theirs.model_copy(update={"trains": mine.trains})
+        config = value.config.model_copy(update={"method": theirs})
+        return replace(value, config=config, weights={}, modules={})
+
     def weights(self, names: Names) -> dict[str, float]:
         """Return name → weight for any way of naming adapters.
 
@@ -104,7 +121,7 @@ class Roster:
                 if met:
                     findings.append(
                         f'"{other}" and "{name}" are both DoRA adapters of {min(met)}, and a layer has one magnitude; '
-                        "let one act at a time, or merge one into the base first."
+                        "let one act at a time, or make one a part of the base with merge_and_unload()."
                     )
         return findings
 

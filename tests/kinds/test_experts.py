@@ -260,7 +260,7 @@ def test_dropout_is_refused_by_name() -> None:
 
 
 METHODS = [
-    (DoraMethod(rank=2), "DoRA scales outputs"),
+    (DoraMethod(rank=2), "DoRA scales the output"),
     (AdaloraMethod(rank=2, target_rank=1), "has a pair for each of its experts, which adalora does not know"),
     (LoraMethod(rank=2, trains="B"), "which trains: B does not know"),
     (LoraMethod(rank=2, init="pissa"), "which init: pissa does not know"),

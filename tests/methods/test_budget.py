@@ -79,14 +79,14 @@ def test_pruning_leaves_exactly_the_budget_and_equal_scores_do_not_take_more() -
     assert all(torch.equal(delta.E != 0, kept[path]) for path, delta in triplets(made).items())
 
 
-def test_the_regulariser_is_the_papers() -> None:
+def test_the_regulariser_is_the_papers_averaged_over_the_matrices() -> None:
     _, made = budget(orthogonality=0.3)
     total = torch.zeros(())
     for delta in triplets(made).values():
         eye = torch.eye(4)
         total = total + (delta.B.t() @ delta.B - eye).square().sum() + (delta.A @ delta.A.t() - eye).square().sum()
     parameters = [one for delta in triplets(made).values() for one in (delta.A, delta.B)]
-    expected = torch.autograd.grad(0.3 * total, parameters)
+    expected = torch.autograd.grad(0.3 * total / len(parameters), parameters)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     made.regularise()

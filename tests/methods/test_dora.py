@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sideroad.attaching import attach
 from sideroad.config import AdapterConfig, DoraMethod
-from sideroad.errors import TargetError
+from sideroad.errors import MergeError, TargetError
 from sideroad.handle import Attached
 from sideroad.methods.dora import DoraDelta
 
@@ -113,9 +113,50 @@ def test_16_bit_bases_are_scaled_by_exact_norms() -> None:
     [
         (nn.Sequential(nn.Embedding(9, 4)), {"targets": "0"}, "0 is an embedding, which has no rows that outputs are"),
         (nn.Sequential(nn.Linear(4, 6)), {"slices": {"0": (True, False)}}, "which dora does not know"),
-        (nn.Sequential(nn.MultiheadAttention(4, 2)), {"targets": "0"}, "that its owner's forward reads"),
+        (nn.Sequential(nn.MultiheadAttention(4, 2)), {"targets": "0"}, "DoRA scales the output of a layer"),
     ],
 )
 def test_layers_it_cannot_act_on_are_refused_by_name(model: nn.Module, fields: dict[str, object], words: str) -> None:
     with pytest.raises(TargetError, match=words):
         attach(model, AdapterConfig(method=DoraMethod(rank=2), **fields))
+
+
+def test_a_gain_next_to_1_acts_in_16_bits() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 64, bias=False)).to(torch.bfloat16)
+    handle = attach(model, AdapterConfig(method=DoraMethod(rank=2)), seed=0)
+    x = torch.randn(512, 256).to(torch.bfloat16)
+    before = model(x).float()
+    with torch.no_grad():
+        # bfloat16 has no number between 1 and 1.0078, so as a factor this would be 1
+        handle.parameters("default")["0.magnitude"].mul_(1.003)
+    assert float((model(x).float() / before).nanmean()) == pytest.approx(1.003, abs=1e-3)
+
+
+def test_norms_follow_a_base_that_is_loaded_later_and_are_exact_under_autocast() -> None:
+    model, _, delta = build()
+    whole = model[0].weight + delta.scale * delta.B @ delta.A
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(delta._norms(model[0].weight), whole.norm(dim=1).detach(), rtol=2e-6, atol=0)
+    state = {name: 2 * one if name == "0.weight" else one for name, one in model.state_dict().items()}
+    model.load_state_dict(state)
+    whole = model[0].weight + delta.scale * delta.B @ delta.A
+    torch.testing.assert_close(delta._norms(model[0].weight), whole.norm(dim=1).detach(), rtol=2e-6, atol=0)
+
+
+def test_an_fp64_base_is_the_base_at_step_0() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 7)).double()
+    x = torch.randn(4, 10).double()
+    before = model(x)
+    attach(model, AdapterConfig(method=DoraMethod(rank=3)), seed=0)
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, float("nan")), (torch.float16, 1e7)])
+def test_a_magnitude_that_would_break_the_weight_is_not_merged(dtype: torch.dtype, value: float) -> None:
+    _, handle, delta = build(dtype)
+    with torch.no_grad():
+        delta.magnitude[3] = value
+    with pytest.raises(MergeError, match=r"not finite into 1 parameters: 0\.weight"):
+        handle.merge()

@@ -97,3 +97,14 @@ def test_lora_fa_keeps_no_input_for_the_backward_pass() -> None:
         handle.detach()
     assert 37 * 64 in sizes["both"]
     assert 37 * 64 not in sizes["B"]
+
+
+def test_dependent_rows_of_a_do_no_harm_to_lora_fa() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
+    handle = attach(model, AdapterConfig(method=LoraMethod(rank=9, alpha=9, trains="B")), seed=0, any_rank=True)
+    delta = handle.deltas("default")["0"]
+    x, g = torch.randn(8, 6), torch.randn(8, 5)
+    (model(x) * g).sum().backward()
+    # nine rows span all six inputs, so nothing of the gradient is lost
+    torch.testing.assert_close(delta.scale * delta.B.grad @ delta.A, g.t() @ x, rtol=1e-3, atol=1e-3)

@@ -185,8 +185,8 @@ def test_26_rows_of_dora_adapters_are_each_their_adapters_alone() -> None:
     ("make", "targets", "words"),
     [
         (mixed, ["emb", "out"], "emb is an embedding.* DoRA cannot act on it. Exclude it"),
-        (mixed, ["attn", "out"], r"(?s)attn is a weight that its owner's forward reads \(MultiheadAttention\); DoRA.*"),
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), ["0"], "0 has a pair for each of its slices or groups"),
+        (mixed, ["attn", "out"], r"(?s)attn is a projection of nn.MultiheadAttention, which reads its weight; DoRA.*"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), ["0"], "0 has a pair for each of its groups"),
     ],
 )
 def test_dora_where_it_cannot_act_is_refused_with_the_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,29 @@ def test_a_home_of_nobody_is_a_missing_path_not_a_crash(tmp_path: Path) -> None:
 def test_every_example_is_a_recipe(path: Path) -> None:
     recipe = load_recipe(path)
     assert Path(str(recipe.data.train)).is_file()
+
+
+def test_a_resolved_recipe_can_change_its_kind(tmp_path: Path) -> None:
+    text = dump_recipe(load_recipe(written(tmp_path, PLAIN + "adapter: {method: {rank: 4}}\n")))
+    again = load_recipe(written(tmp_path, text, "resolved.yaml"), ["adapter.method.kind=dora"])
+    assert (again.adapter.method.kind, again.adapter.method.rank) == ("dora", 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("{init: lora_ga}", 'there is no such start; allowed: kaiming, .*, eva, lora-ga. Did you mean "lora-ga"'),
+        ("{kind: DoRA}", "there is no kind 'DoRA'; allowed: lora, dora, adalora. Did you mean \"dora\""),
+        ("{kind: rslora}", "rslora: it is a scaling: scaling: alpha/sqrt"),
+        ("{kind: pissa}", "pissa: it is a start: init: pissa"),
+        ("{kind: dora, trains: B}", "trains says which factors of plain LoRA learn; dora trains all it has"),
+        (
+            "{kind: adalora, target_rank: 99, init: gaussian, warmup: .9}",
+            "target_rank 99 .*; warmup 0.9 .*; init: AdaLoRA has",
+        ),
+        ("{alpha: .inf}", "adapter.method.alpha: .*finite number"),
+        ("{init: {kind: eva, rho: .inf}}", "adapter.method.init.rho: .*finite number"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused_with_the_way_on(tmp_path: Path, method: str, words: str) -> None:
+    assert re.search(words, message(tmp_path, f"{PLAIN}adapter: {{method: {method}}}\n"))

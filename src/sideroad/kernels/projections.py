@@ -49,8 +49,8 @@ def _gained(y: Tensor, projection: Projection) -> Tensor:
     """Return gain · y + bias where there is a gain; y is then kept, for the gain's own gradient."""
     if projection.gain is None:
         return y
-    gain = projection.gain.to(y.dtype)
-    return y * gain if projection.bias is None else torch.addcmul(projection.bias, y, gain)
+    excess = (projection.gain - 1).to(y.dtype)
+    return torch.addcmul(y if projection.bias is None else y + projection.bias, y, excess)
 
 
 class _Project(torch.autograd.Function):

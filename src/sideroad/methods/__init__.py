@@ -25,16 +25,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sideroad.config import FROM_DATA, FROM_WEIGHT, AdapterConfig, init_name
+from sideroad.config import AdapterConfig
 from sideroad.errors import AdapterError
 from sideroad.kinds import kind_of
 from sideroad.kinds.convolution import CLASSES, sees_all_inputs
-from sideroad.kinds.experts import Experts
 from sideroad.lowrank import LowRank
 from sideroad.methods.adalora import AdaloraDelta
 from sideroad.methods.dora import DoraDelta
 from sideroad.methods.lora import BiasDelta, LoraDelta, PairOptions
 from sideroad.methods.lora_fa import LoraFaDelta
+from sideroad.methods.objections import objection
 from sideroad.methods.replaced import Replaced
 from sideroad.methods.rows import RowsDelta
 from sideroad.pairs import blocks, slices_of
@@ -53,22 +53,13 @@ Maker = Callable[[Mapping[str, Tensor], nn.Module, PairOptions], LoraDelta]
 
 MAKERS: Mapping[str, Maker] = {
     "lora": lambda parts, layer, options: LoraDelta(parts["A"], parts["B"], **options),
-    "lora, B alone": lambda parts, layer, options: LoraFaDelta(parts["A"], parts["B"], **options),
+    "lora-fa": lambda parts, layer, options: LoraFaDelta(parts["A"], parts["B"], **options),
     "dora": lambda parts, layer, options: DoraDelta(
         parts["A"], parts["B"], magnitude=parts["magnitude"], layer=layer, **options
     ),
     "adalora": lambda parts, layer, options: AdaloraDelta(parts["A"], parts["B"], E=parts["E"], **options),
 }
-"""Method → its delta on a layer, from tensors by name."""
-
-_NO_BRANCH = (
-    "is a projection of nn.MultiheadAttention, which reads its weight and has no branch to drop from. Set dropout to "
-    "0, or leave the attention out with exclude"
-)
-_NO_BRANCH_EXPERTS = (
-    "is a stacked weight of fused experts, whose forward reads it, so there is no branch to drop from. Set dropout to "
-    "0, or leave the experts out with exclude"
-)
+"""A method's variant → its delta on a layer, from tensors by name."""
 
 ROWS = "rows"
 """Name of the tensor that holds trained token rows, [ids, dim]."""
@@ -101,7 +92,7 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
     placed = {
         part: tensor.detach().to(
             parameter.device,
-            torch.promote_types(dtype, torch.float32) if part == "magnitude" else dtype,
+            torch.promote_types(parameter.dtype, torch.float32) if part == "magnitude" else dtype,
             copy=True,
             memory_format=torch.contiguous_format,
         )
@@ -125,33 +116,7 @@ def make_delta(config: AdapterConfig, path: str, layer: nn.Module, tensors: Mapp
         out_features=out_features,
         start=(placed["A0"], placed["B0"]) if "A0" in placed else None,
     )
-    alone = getattr(config.method, "trains", "both") == "B"
-    return MAKERS[f"{config.method.kind}, B alone" if alone else config.method.kind](placed, layer, options)
-
-
-def objection(config: AdapterConfig, path: str, layer: nn.Module) -> str | None:
-    """Say why a method cannot act on a layer, after the layer's path; None if it can."""
-    kind, method = kind_of(layer), config.method
-    if kind is None:
-        return None
-    if kind.seam == "owner" and method.dropout:
-        return f"{_NO_BRANCH_EXPERTS if isinstance(kind, Experts) else _NO_BRANCH}; found dropout {method.dropout}"
-    if kind.seam == "owner" and method.kind == "dora":
-        return f"is a weight that its owner's forward reads ({type(layer).__name__}); DoRA scales outputs. Exclude it"
-    several = slices_of(config, path) is not None or (isinstance(layer, CLASSES) and layer.groups > 1)
-    several = several or isinstance(kind, Experts)
-    named = init_name(method.init)
-    alone = getattr(method, "trains", "both") == "B"
-    if isinstance(layer, nn.Embedding) and (method.kind == "dora" or alone):
-        why = "whose A is zero at the start" if alone else "which has no rows that outputs are made of"
-        return f"is an embedding, {why}: {'trains: B' if alone else 'DoRA'} cannot act on it. Exclude it"
-    if several and (method.kind != "lora" or alone or named in FROM_WEIGHT + FROM_DATA):
-        what = method.kind if method.kind != "lora" else "trains: B" if alone else f"init: {named}"
-        parts = "experts" if isinstance(kind, Experts) else "slices or groups"
-        return f"has a pair for each of its {parts}, which {what} does not know. Exclude it, or use plain LoRA"
-    if named in FROM_DATA and not kind.linear:
-        return f"is a {type(layer).__name__}; init: {named} looks at linear layers only. Exclude it"
-    return None
+    return MAKERS[config.method.variant](placed, layer, options)
 
 
 def tune_delta(delta: nn.Module, config: AdapterConfig, path: str, layer: nn.Module) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sideroad.config import AdaloraMethod
 from sideroad.errors import CheckpointError
+from sideroad.methods import parts_of
 from sideroad.methods.adalora import AdaloraDelta
 
 _PARTS = ("A", "B", "E")
@@ -17,29 +18,37 @@ _PARTS = ("A", "B", "E")
 class Budget:
     """Deals a shrinking number of triplets to layers by importance (AdaLoRA, Zhang et al. 2023, arXiv:2303.10512).
 
-    In every step, between the gradients and the optimizer: `regularise` adds the gradient of the orthogonality term,
-    `observe` takes the sensitivities; after the optimizer `prune` sets E of the triplets beyond the budget to zero.
-    Until the final phase a triplet that was pruned may come back; then the choice is made once for good.
+    In every step, between the gradients and the optimizer: `observe` takes the sensitivities, from the task's gradient
+    as it is; `regularise` adds that of the orthogonality term, after clipping, so that neither hides the other. After
+    the optimizer `prune` sets E of the triplets beyond the budget to zero. Until the final phase a triplet that was
+    pruned may come back; then the choice is made once for good.
 
     Sensitivity is |w · gradient| of the weights that the gradient belongs to, as in the paper's algorithm 1; PEFT and
-    the authors' code take the weights after the optimizer's step instead. The orthogonality term is the paper's,
-    squared and summed (eq. 4); both codes average norms without the square, whose gradient does not vanish where P
-    and Q are orthogonal.
+    the authors' code take the weights after the optimizer's step instead. The orthogonality term has the paper's
+    squares (eq. 4), averaged over the matrices as in both codes, whose weights of 0.1 to 0.5 are meant for an average:
+    summed over a model's layers it would drown the task. Both codes leave out the square, and so have a gradient that
+    does not vanish where P and Q are orthogonal.
 
     Args:
-        deltas: by path, each with a gradient when a step is observed.
+        deltas: all of the adapter's, by path; what has no triplets (biases, rows, whole modules) goes into the state.
         steps: of the whole run.
     """
 
-    def __init__(self, deltas: Mapping[str, AdaloraDelta], method: AdaloraMethod, steps: int) -> None:
+    def __init__(self, deltas: Mapping[str, nn.Module], method: AdaloraMethod, steps: int) -> None:
         self.method, self.steps = method, steps
-        self._deltas = dict(deltas)
-        self._start = sum(len(delta.E) for delta in deltas.values())
-        self._target = round(self._start * method.target_rank / method.rank)
-        self._warmup, self._final = round(method.warmup * steps), round(method.final * steps)
+        self._deltas = {path: one for path, one in deltas.items() if isinstance(one, AdaloraDelta)}
+        parts = ((path, parts_of(delta)) for path, delta in deltas.items())
+        self._values = {f"{path}.{part}": one for path, found in parts for part, one in found.items()}
+        self._start = sum(len(delta.E) for delta in self._deltas.values())
+        self._target = max(1, round(self._start * method.target_rank / method.rank))
+        self._warmup, self._final = int(method.warmup * steps), int(method.final * steps)
         self._smoothed = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in self._named().items()}
         self._uncertain = {name: torch.zeros_like(one) for name, one in self._smoothed.items()}
         self._kept: dict[str, Tensor] | None = None
+
+    def settled(self, step: int) -> bool:
+        """Whether the ranks after a step, counted from 1, are those of the end."""
+        return step > self._warmup and step >= self.steps - self._final
 
     def size(self, step: int) -> int:
         """Return how many triplets there may be after a step, counted from 1: the paper's cubic schedule (sec. 3.3)."""
@@ -52,8 +61,8 @@ class Budget:
 
     @torch.no_grad()
     def regularise(self) -> None:
-        """Add the gradient of γ Σ ‖PᵀP - I‖² + ‖QQᵀ - I‖² over all layers to those of P and Q."""
-        gamma = self.method.orthogonality
+        """Add the gradient of γ times the mean of ‖PᵀP - I‖² and ‖QQᵀ - I‖² over all layers to those of P and Q."""
+        gamma = self.method.orthogonality / (2 * len(self._deltas))
         if not gamma:
             return
         for delta in self._deltas.values():
@@ -82,7 +91,7 @@ class Budget:
     @torch.no_grad()
     def prune(self, step: int) -> None:
         """Set E of the triplets beyond the budget to zero, where this step, counted from 1, is one of pruning."""
-        if step >= self.steps - self._final and step > self._warmup:
+        if self.settled(step):
             if self._kept is None:
                 self._kept = self._choose(self._target)
             self._mask(self._kept)
@@ -92,12 +101,12 @@ class Budget:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors that `state_tensors` gives, the final choice included, made or not."""
-        every = [f"{name}/{what}" for name in self._smoothed for what in ("value", "sensitivity", "uncertainty")]
-        return (*every, *(f"{path}.E/kept" for path in self._deltas))
+        every = [f"{name}/{what}" for name in self._smoothed for what in ("sensitivity", "uncertainty")]
+        return (*every, *(f"{name}/value" for name in self._values), *(f"{path}.E/kept" for path in self._deltas))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return everything that a resumed run needs: values, statistics and the final choice, by name."""
-        found = {f"{name}/value": one.detach().clone() for name, one in self._named().items()}
+        found = {f"{name}/value": one.clone() for name, one in self._values.items()}
         found |= {f"{name}/sensitivity": one.clone() for name, one in self._smoothed.items()}
         found |= {f"{name}/uncertainty": one.clone() for name, one in self._uncertain.items()}
         if self._kept is not None:
@@ -115,8 +124,9 @@ class Budget:
         if missing:
             shown = ", ".join(missing[:4])
             raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors of AdaLoRA's state, such as {shown}.")
-        for name, parameter in self._named().items():
-            parameter.copy_(tensors[f"{name}/value"])
+        for name, value in self._values.items():
+            value.copy_(tensors[f"{name}/value"])
+        for name in self._smoothed:
             self._smoothed[name].copy_(tensors[f"{name}/sensitivity"])
             self._uncertain[name].copy_(tensors[f"{name}/uncertainty"])
         kept = {path: tensors[f"{path}.E/kept"] for path in self._deltas if f"{path}.E/kept" in tensors}
@@ -148,12 +158,11 @@ class Budget:
         return {f"{path}.{part}": getattr(delta, part) for path, delta in self._deltas.items() for part in _PARTS}
 
 
-def budget_for(deltas: Mapping[str, object], method: object, steps: int) -> Budget | None:
-    """Return the budget of an AdaLoRA adapter; None for every other method.
+def budget_for(deltas: Mapping[str, nn.Module], method: object, steps: int) -> Budget | None:
+    """Return the budget of an AdaLoRA adapter; None for every other method, and where no layer has a pair.
 
     Args:
-        deltas: the adapter's, by path; those without triplets (biases, rows) are left out.
+        deltas: the adapter's, by path (`Attached.deltas`).
     """
-    if not isinstance(method, AdaloraMethod):
-        return None
-    return Budget({path: one for path, one in deltas.items() if isinstance(one, AdaloraDelta)}, method, steps)
+    there = any(isinstance(one, AdaloraDelta) for one in deltas.values())
+    return Budget(deltas, method, steps) if isinstance(method, AdaloraMethod) and there else None

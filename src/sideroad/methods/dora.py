@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
 import torch
@@ -33,7 +34,7 @@ class DoraDelta(LoraDelta):
 
     Args:
         magnitude: m, [out], float32 or wider whatever the pair is stored in.
-        layer: the adapted layer; its rows' norms are taken now, while the weight is the base's own.
+        layer: the adapted layer; its rows' norms are taken now, and again where the weight was written or moved.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class DoraDelta(LoraDelta):
         super().__init__(A, B, **options)
         self.magnitude = nn.Parameter(magnitude)
         # no buffer: model.to(bfloat16) would round it
-        self.squares = row_squares(self._weight(layer))
+        self._squares = _key(self._weight(layer)), row_squares(self._weight(layer))
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module, weight: float) -> Tensor:
         """Return y plus `weight` times what the change of the weight adds.
@@ -51,17 +52,18 @@ class DoraDelta(LoraDelta):
             y: the layer's own output, with nothing added yet.
         """
         A, B = self.factors()
-        gain = self.kind.spread_bias(layer, self.gain(layer)).to(y.dtype)
+        # in 16 bits a gain near 1 would be rounded to 1, its distance from 1 is not
+        excess = self.kind.spread_bias(layer, self.gain(layer) - 1).to(y.dtype)
         bias = layer._parameters.get("bias")
         if self.training and self.dropout > 0:
             dropped, kept = self.kind.dropped(x, self.dropout)
             plain = self.kind.product(layer, dropped)
             whole = self.kind.add(layer, dropped, plain, A, B, self.scale * kept)
-            changed = y + (gain * whole - plain)
+            changed = torch.addcmul(y + (whole - plain), excess, whole)
         else:
             whole = self.kind.add(layer, x, y, A, B, self.scale)
             bare = whole if bias is None else whole - self.kind.spread_bias(layer, bias.detach()).to(y.dtype)
-            changed = torch.addcmul(whole, gain - 1, bare)
+            changed = torch.addcmul(whole, excess, bare)
         if weight != 1.0:
             changed = y + weight * (changed - y)
         if self.beside is not None:
@@ -89,13 +91,20 @@ class DoraDelta(LoraDelta):
 
     @torch.no_grad()
     def _norms(self, weight: Tensor) -> Tensor:
-        """Return ‖W + s B A‖ of each row, [out]."""
-        if self.squares.is_meta or self.squares.device != weight.device:
-            self.squares = row_squares(weight)
-        A, B = self.matrix_pair(self.squares.dtype)
-        crossed = torch.cat([block.to(A.dtype) @ A.t() for block in _blocks(weight)])
-        own = (B @ (A @ A.t())).mul_(B).sum(1)
-        return (self.squares + 2 * (crossed * B).sum(1) + own).clamp_min_(0).sqrt()
+        """Return ‖W + s B A‖ of each row, [out]; of no use where W + s B A nearly vanishes, as terms cancel."""
+        # autocast would take the products in 16 bits
+        with torch.autocast(weight.device.type, enabled=False):
+            if not torch.compiler.is_compiling() and self._squares[0] != _key(weight):
+                self._squares = _key(weight), row_squares(weight)
+            squares = self._squares[1]
+            A, B = self.matrix_pair(squares.dtype)
+            crossed = torch.cat([block.to(A.dtype) @ A.t() for block in _blocks(weight)])
+            own = (B @ (A @ A.t())).mul_(B).sum(1)
+            return (squares + 2 * (crossed * B).sum(1) + own).clamp_min_(0).sqrt()
+
+    def bound(self, layer: nn.Module) -> float:
+        """Return infinity: what a magnitude makes of the weight has no bound that is cheap to tell."""
+        return math.inf
 
 
 def start_magnitude(layer: nn.Module) -> Tensor:
@@ -108,6 +117,12 @@ def row_squares(weight: Tensor) -> Tensor:
     """Return the sum of squares of each row of [out, in], in fp32 (fp64 for an fp64 weight)."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.cat([block.to(wide).square().sum(1) for block in _blocks(weight)])
+
+
+def _key(weight: Tensor) -> tuple[object, ...]:
+    """What changes when a weight is written, replaced or moved; tensors made in inference mode count no writes."""
+    version = None if weight.is_inference() else weight._version
+    return weight.device, None if weight.is_meta else weight.data_ptr(), version
 
 
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:

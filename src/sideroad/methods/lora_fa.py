@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from sideroad.methods.lora import LoraDelta, PairOptions
 
-RIDGE = 1e-8
-"""Added to the diagonal of A Aᵀ, relative to its mean, so that dependent rows of A do no harm."""
+SMALLEST = 1e-6
+"""Eigenvalues of A Aᵀ below this share of the largest count as zero, so that dependent rows of A do no harm."""
 
 
 class LoraFaDelta(LoraDelta):
@@ -31,7 +31,7 @@ class LoraFaDelta(LoraDelta):
         super().__init__(A, B, **options)
         del self.A
         self.register_buffer("A", A)
-        self._kept: tuple[int, float, Tensor] | None = None
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
     def trained(self) -> tuple[Tensor, Tensor]:
         """Return A, and B whose gradient will be corrected."""
@@ -41,19 +41,17 @@ class LoraFaDelta(LoraDelta):
 
     def _correction(self) -> Tensor:
         """Return (A Aᵀ)⁻¹ / s² in fp64; computed again when A or s has changed."""
-        now = self.A._version, self.scale
-        if self._kept is None or self._kept[:2] != now or self._kept[2].device != self.A.device:
-            self._kept = *now, correction(self.A, self.scale)
-        return self._kept[2]
+        now = self.A.device, self.A.data_ptr(), self.A._version, self.scale
+        if self._kept is None or self._kept[0] != now:
+            self._kept = now, correction(self.A, self.scale)
+        return self._kept[1]
 
 
 @torch.no_grad()
 def correction(A: Tensor, scale: float) -> Tensor:
-    """Return (A Aᵀ)⁻¹ / s², [rank, rank] in fp64, by which a gradient of B is multiplied from the right."""
+    """Return (A Aᵀ)⁺ / s², [rank, rank] in fp64, by which a gradient of B is multiplied from the right."""
     rows = A.flatten(1).double()
-    gram = rows @ rows.t()
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse: Tensor = torch.linalg.inv(gram + ridge)
+    inverse: Tensor = torch.linalg.pinv(rows @ rows.t(), rtol=SMALLEST, hermitian=True)
     return inverse / scale**2
 
 

@@ -13,7 +13,7 @@ from sideroad.attaching import attach
 from sideroad.config import EvaInit
 from sideroad.data_init import FoundStart, start_from_data
 from sideroad.errors import AdapterError, ConfigError, MergeError, TargetError, raise_findings
-from sideroad.methods import objection
+from sideroad.methods.objections import objection
 from sideroad.peft.config import LoraConfig
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.starts import EvaConfig, eva_config

@@ -17,9 +17,12 @@ _IGNORED_IN_TRAIN = (
     "train.frozen_disk_mb",
 )
 ADDED = frozenset(
-    ("recipe.train.fast", "recipe.train.compile", "recipe.train.cache_frozen", "recipe.data.share_prefixes")
+    (
+        "recipe.train.fast", "recipe.train.compile", "recipe.train.cache_frozen", "recipe.data.share_prefixes",
+        "recipe.adapter.method.trains",
+    )
 )
-"""Keys that runs of older versions lack; such a run goes on the way it began, whatever they say now (`setup`)."""
+"""Keys that runs of older versions lack; such a run goes on the way it began (`setup`), whatever they say now."""
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:

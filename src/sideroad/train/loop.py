@@ -174,7 +174,9 @@ class Loop:
         seconds = time.perf_counter() - started
         step, patience = self.progress.step, self._config.early_stopping
         with uninterrupted():
-            judged = self.progress.after_validation(loss, patience)
+            budget = self.stepper.budget
+            # AdaLoRA's ranks before the final phase are not those that were asked for
+            judged = self.progress.after_validation(loss, patience, counts=budget is None or budget.settled(step))
             self.progress = replace(judged, seconds=judged.seconds + seconds)
             self.record({"step": step, "validation_loss": loss})
         self._emit(Validated(step, loss, best=judged.best_step == step, seconds=seconds))

@@ -25,11 +25,11 @@ def build(
         B                  lr * lr_ratio_b     weight decay        LoRA+, Hayou et al. 2024, arXiv:2402.12354, eq. 6
         bias, magnitude    lr                  none
 
-    On an embedding A is the factor that starts at zero and meets no product of inputs, so there A is the fast one.
+    On an embedding A is the factor that starts at zero (but for starts of its own), so there A is the fast one.
 
     Args:
         parameters: trainable ones; the last part of the dotted name (`A`, `B`, `bias`) chooses the group.
-        looked_up: paths of embeddings.
+        looked_up: paths of embeddings whose A starts at zero.
     """
     members: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "bias": []}
     for name, parameter in parameters.items():

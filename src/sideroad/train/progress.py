@@ -53,10 +53,14 @@ class Progress:
             )
         return cls(**values)
 
-    def after_validation(self, loss: float, patience: int | None) -> Progress:
-        """The progress once the validation at this step gave `loss`; the lowest so far becomes the best."""
-        better = self.best_loss is None or loss < self.best_loss
-        waiting = 0 if better else self.waiting + 1
+    def after_validation(self, loss: float, patience: int | None, *, counts: bool = True) -> Progress:
+        """The progress once the validation at this step gave `loss`; the lowest so far becomes the best.
+
+        Args:
+            counts: the adapter may be kept as it is now; otherwise the loss is only noted.
+        """
+        better = counts and (self.best_loss is None or loss < self.best_loss)
+        waiting = 0 if better or not counts else self.waiting + 1
         return replace(
             self,
             validated=self.step,

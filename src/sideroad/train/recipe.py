@@ -15,14 +15,18 @@ import yaml
 from pydantic import Field, model_validator
 
 from sideroad.base.config import BaseConfig
-from sideroad.config import AdapterConfig, Settings, validate
+from sideroad.config import AdapterConfig, EvaInit, LoraGaInit, Settings, validate
 from sideroad.data.config import DataConfig
 from sideroad.errors import ConfigError, did_you_mean, raise_findings
+from sideroad.method_config import METHODS
 from sideroad.train.evaluate_config import EvaluateConfig
 from sideroad.train.settings import OptimConfig, TrainConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".jinja")
 SUFFIXES = (".yaml", ".yml")
+
+KINDS = (*METHODS, EvaInit, LoraGaInit)
+"""Sections that a `kind` tells apart."""
 
 _CORE_SCALARS = (
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -198,10 +202,21 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             if not isinstance(nested, dict):
                 nested = section[part] = {}
             section = nested
+        if parts[-1] == "kind" and value != section.get("kind"):
+            _leave_kind(section)
         section[parts[-1]] = value
         changed.append(key.strip())
     raise_findings(ConfigError, "--set", findings)
     return changed
+
+
+def _leave_kind(section: dict[str, Any]) -> None:
+    """Drop what a resolved recipe says of the kind that is left, where it is a default: the new kind has its own."""
+    former = next((one for one in KINDS if one.model_fields["kind"].default == section.get("kind", "lora")), None)
+    for key in list(section):
+        field = former.model_fields.get(key) if former else None
+        if field is not None and section[key] == field.default:
+            del section[key]
 
 
 def _locate(values: dict[str, Any], *folders: Path, only: Sequence[str] | None = None) -> None:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sideroad.adapter import Adapter
-from sideroad.config import FROM_DATA, init_name
+from sideroad.config import FROM_DATA, FROM_WEIGHT, init_name
 from sideroad.errors import CheckpointError
 from sideroad.kernels.isolation import packing
+from sideroad.kinds.experts import layer_at
 from sideroad.methods.budget import budget_for
 from sideroad.mixtures import stacked_parameters
 from sideroad.train import checkpoint
@@ -145,6 +147,7 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
         steps=len(plan),
         seed=seed,
         budget=budget_for(setup.attached.deltas(NAME), recipe.adapter.method, len(plan)),
+        looked_up=_zero_a(setup, recipe),
         experts=stacked_parameters(setup.attached.survey(), parameters),
     )
     restored = _restore(place, setup, stepper, watchdog, emit) if begun else None
@@ -183,6 +186,14 @@ def _loop(place: RunDirectory, recipe: Recipe, setup: Setup, emit: Emit, stack: 
         emit=emit,
         trackers=trackers,
     )
+
+
+def _zero_a(setup: Setup, recipe: Recipe) -> set[str]:
+    """Paths of the embeddings whose A starts at zero: those of LoRA with a start from neither weights nor data."""
+    if recipe.adapter.method.variant != "lora" or init_name(recipe.adapter.method.init) in (*FROM_WEIGHT, *FROM_DATA):
+        return set()
+    model, paths = setup.base.model, setup.attached.paths(NAME)
+    return {path for path in paths if isinstance(layer_at(model, path), nn.Embedding)}
 
 
 def _restore(place: RunDirectory, setup: Setup, stepper: Stepper, watchdog: Watchdog, emit: Emit) -> Progress:

@@ -171,7 +171,7 @@ def _attach(recipe: Recipe, base: Base, data: Loaded, begun: Adapter | None) -> 
     batches = init_batches(
         recipe.adapter.method.init,
         data.train.examples,
-        size=recipe.optim.batch_size or 1,
+        size=recipe.optim.batch_size or 8,
         pad_id=base.tokenizer.pad_token_id or 0,
         seed=derive(recipe.seed, "init data"),
         device=base.device,

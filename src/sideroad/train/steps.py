@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,7 @@ class Stepper:
         parameters: trainable ones, by name.
         loss_of: gives the summed loss of a micro-batch, see `Execution.loss_of`.
         budget: of an AdaLoRA adapter; None for the others.
+        looked_up: paths of embeddings whose A starts at zero, where A and B change roles.
         steps: length of the run, for the schedule.
         seed: of dropout, from which every micro-batch derives its own.
         experts: name of a parameter that holds a pair for each of several experts → how many; in a step in which no
@@ -62,10 +63,9 @@ class Stepper:
         steps: int,
         seed: int,
         budget: Budget | None = None,
+        looked_up: Collection[str] = (),
         experts: Mapping[str, int] | None = None,
     ) -> None:
-        paths = {name.rpartition(".")[0] for name in parameters}
-        looked_up = {path for path, one in model.named_modules() if path in paths and isinstance(one, nn.Embedding)}
         self.optimizer: AdamW = adamw.build(parameters, config, looked_up)
         self.budget = budget
         self._named = dict(parameters)
@@ -105,12 +105,14 @@ class Stepper:
 
     def apply(self, prepared: Prepared) -> None:
         """Clip and take the prepared step."""
+        if self.budget is not None:
+            self.budget.observe()
         limit = self._config.clip_norm
         if limit is not None and prepared.grad_norm > limit:
             torch._foreach_mul_(self._present_gradients(), limit / prepared.grad_norm)
         adamw.set_rate(self.optimizer, factor(self._config, prepared.progress.step, self._steps))
         if self.budget is not None:
-            self.budget.observe()
+            self.budget.regularise()
         with adamw.idle_experts_kept(self._experts):
             self.optimizer.step()
         if self.budget is not None:
@@ -146,8 +148,6 @@ class Stepper:
             sums.append(loss.detach())
         if scale != 1:
             torch._foreach_mul_(self._present_gradients(), 1 / scale)
-        if self.budget is not None:
-            self.budget.regularise()
         norm = adamw.gradient_norm(self._parameters)
         *losses, grad_norm = torch.stack([*sums, norm.to(sums[0].dtype)]).tolist()
         counted = iter(losses)
