@@ -96,7 +96,7 @@ def _configure(start: dict[str, Any], options: list[tuple[str, Any]], overrides:
 
 def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
     from sideroad.errors import TargetError, raise_findings
-    from sideroad.methods import objection
+    from sideroad.methods.objections import objection
     from sideroad.mixtures import mixture_notes
     from sideroad.survey import Survey
     from sideroad.targets import count_values, resolve
