@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from zoo import gpt2, mistral
 from sideroad.attaching import attach
 from sideroad.config import AdapterConfig, LoraMethod
 from sideroad.data.encode import Encoded
-from sideroad.errors import TrainingError
+from sideroad.errors import CheckpointError, TrainingError
 from sideroad.kernels import compiled
 from sideroad.kernels.isolation import PackingRoute, choose_route
 from sideroad.train import choosing, events, fingerprint
@@ -161,6 +162,9 @@ class TestOlderRuns:
         environment.write_text(json.dumps(values))
         notes: list[str] = []
         told = lambda event: notes.append(event.text) if isinstance(event, events.Note) else None  # noqa: E731
+        changed = small_recipe(tmp_path, shared_model_dir, adapter={"method": {"trains": "B"}})
+        with pytest.raises(CheckpointError, match='recipe.adapter.method.trains: "both" in that run, "B" now'):
+            train(changed, tmp_path / "run", resume=True)
         again = train(small_recipe(tmp_path, shared_model_dir), tmp_path / "run", resume=True, on_event=told)
         assert records(again.run) == records(whole.run)
         assert "an older sideroad began this run; it goes on on the plain path, as it began" in notes
@@ -169,9 +173,9 @@ class TestOlderRuns:
 
 def as_an_older_version(recipe: Any) -> dict[str, Any]:
     values = honest_values(recipe)
-    for key in fingerprint.ADDED:
-        _, section, name = key.split(".")
-        del values[section][name]
+    for key in (*fingerprint.ADDED, *fingerprint.ADDED_AS):
+        _, *sections, name = key.split(".")
+        del reduce(lambda found, section: found[section], sections, values)[name]
     return values
 
 

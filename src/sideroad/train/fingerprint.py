@@ -17,12 +17,11 @@ _IGNORED_IN_TRAIN = (
     "train.frozen_disk_mb",
 )
 ADDED = frozenset(
-    (
-        "recipe.train.fast", "recipe.train.compile", "recipe.train.cache_frozen", "recipe.data.share_prefixes",
-        "recipe.adapter.method.trains",
-    )
+    ("recipe.train.fast", "recipe.train.compile", "recipe.train.cache_frozen", "recipe.data.share_prefixes")
 )
-"""Keys that runs of older versions lack; such a run goes on the way it began (`setup`), whatever they say now."""
+"""Keys that runs of older versions lack; such a run goes on the way it began, whatever they say now (`setup`)."""
+ADDED_AS: Mapping[str, Any] = {"recipe.adapter.method.trains": "both"}
+"""Keys that runs of older versions lack → what those runs did; only a recipe that says so goes on."""
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -53,7 +52,9 @@ def fingerprint(recipe: Recipe, *, base: str, train: str, validation: str | None
 def differing(stored: Any, current: Any, path: str = "") -> list[str]:
     """One line per value that differs between two fingerprints, by dotted path."""
     if isinstance(stored, Mapping) and isinstance(current, Mapping):
-        keys = sorted(key for key in stored.keys() | current.keys() if key in stored or f"{path}.{key}" not in ADDED)
+        keys = sorted(stored.keys() | current.keys())
+        stored = {**{key: current[key] for key in keys if f"{path}.{key}" in ADDED and key in current}, **stored}
+        stored = {**{key: ADDED_AS[f"{path}.{key}"] for key in keys if f"{path}.{key}" in ADDED_AS}, **stored}
         return [
             line for key in keys for line in differing(stored.get(key), current.get(key), f"{path}.{key}".strip("."))
         ]

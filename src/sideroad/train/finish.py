@@ -171,7 +171,7 @@ def _save_adapter(recipe: Recipe, setup: Setup, result: Result, comparison: Comp
             "scores": result.scores,
         }
     )
-    identity = setup.base.identity
+    identity, folded = setup.base.identity, adapter.folded()
     card = model_card(
         CardFacts(
             name=result.run.resolve().name,
@@ -182,8 +182,9 @@ def _save_adapter(recipe: Recipe, setup: Setup, result: Result, comparison: Comp
             base_licence=identity.licence,
             data=files,
             recipe=dump_recipe(portable),
-            parameters=adapter.parameters,
-            adapted_layers=len(adapter.paths),
+            parameters=folded.parameters,
+            trained=sum(one.numel() for one in setup.material.parameters.values()),
+            adapted_layers=len(folded.paths),
             kept=f"{'best validation, step' if result.kept == 'best' else 'last step,'} {result.kept_step}",
             scores=comparison,
             version=sideroad.__version__,
