@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sideroad.config import AdapterConfig, EvaInit, LoraGaInit, init_name
 from sideroad.errors import ConfigError, TargetError, raise_findings
+from sideroad.methods.ranking import largest
 from sideroad.modes import in_eval_mode
 from sideroad.scaling import with_ranks
 from sideroad.targets import Target
@@ -89,7 +90,7 @@ def _eva(
     shares = {path: directions[leader][0][: _most(targets[path], init.rho)] for path, leader in leaders.items()}
     ranks = {path: min(target.rank, len(shares[path])) for path, target in targets.items()}
     if init.rho > 1:
-        ranks = _deal(shares, sum(ranks.values()))
+        ranks = {path: int(mask.sum()) for path, mask in largest(shares, sum(ranks.values())).items()}
     gone = tuple(f"re:{re.escape(path)}" for path, rank in ranks.items() if not rank)
     kept = {path: rank for path, rank in ranks.items() if rank}
     settled = with_ranks(config, kept).model_copy(update={"exclude": (*config.exclude, *gone)})
@@ -184,15 +185,6 @@ def _gradients(model: nn.Module, paths: Sequence[str], batches: Sequence[Batch])
     broken = [f"{path} has a gradient that is not finite." for path, one in total.items() if not one.isfinite().all()]
     raise_findings(TargetError, "init: lora-ga", broken)
     return {path: require_kind(model.get_submodule(path)).oriented(one) for path, one in total.items()}
-
-
-def _deal(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Give `budget` ranks to the largest shares, [directions] in falling order, of all layers together."""
-    flat = torch.cat(list(shares.values()))
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[torch.sort(flat, descending=True, stable=True).indices[:budget]] = True
-    parts = torch.split(chosen, [len(one) for one in shares.values()])
-    return {path: int(part.sum()) for path, part in zip(shares, parts, strict=True)}
 
 
 def _leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from sideroad.config import AdaloraMethod
 from sideroad.errors import CheckpointError
 from sideroad.methods import parts_of
 from sideroad.methods.adalora import AdaloraDelta
+from sideroad.methods.ranking import largest
 
 _PARTS = ("A", "B", "E")
 
@@ -142,13 +143,9 @@ class Budget:
         return {path: sum((score(path, part) for part in _PARTS), torch.zeros(())) for path in self._deltas}
 
     def _choose(self, count: int) -> dict[str, Tensor]:
-        """Return which triplets are among the `count` most important; equal ones go to the earlier layer."""
-        scores = self.importance()
-        flat = torch.cat([one.cpu() for one in scores.values()])
-        chosen = torch.zeros(len(flat), dtype=torch.bool)
-        chosen[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
-        parts = torch.split(chosen, [len(one) for one in scores.values()])
-        return {path: part.to(self._deltas[path].E.device) for path, part in zip(scores, parts, strict=True)}
+        """Return which triplets are among the `count` most important."""
+        chosen = largest(self.importance(), count)
+        return {path: mask.to(self._deltas[path].E.device) for path, mask in chosen.items()}
 
     def _mask(self, kept: Mapping[str, Tensor]) -> None:
         for path, delta in self._deltas.items():
