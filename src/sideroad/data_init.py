@@ -48,7 +48,7 @@ def start_from_data(
         batches: of training data; as many as the initialisation asks for are used.
     Raises:
         ConfigError: no batches, or no trained token in them.
-        TargetError: a layer that no batch has reached, or one too narrow.
+        TargetError: a layer that no batch has reached, or whose gradient is not its own.
     """
     init = config.method.init
     assert isinstance(init, EvaInit | LoraGaInit), "the others need no data"
@@ -107,14 +107,6 @@ def _lora_ga(
     """A = k V₁..ᵣᵀ and B = k Uᵣ₊₁..₂ᵣ of the weight's gradient U S Vᵀ, k = out^¼ / √γ (LoRA-GA, arXiv:2407.05000, thm
     3.1 and 3.2, as the authors' code has it): of all pairs of this rank, their first step comes nearest to that of W.
     """
-    narrow = [
-        f"{path} is {target.out_features} x {target.in_features}; init: lora-ga takes 2 x rank directions, so its rank "
-        f"can be {min(target.out_features, target.in_features) // 2} at most, found {target.rank}. Lower the rank or "
-        "set rank_pattern for it."
-        for path, target in targets.items()
-        if 2 * target.rank > min(target.out_features, target.in_features)
-    ]
-    raise_findings(TargetError, "layers too narrow for init: lora-ga", narrow)
     shared = [
         f"{path} shares its weight with {', '.join(others)}, so its own gradient cannot be told apart; exclude it."
         for path in targets

@@ -227,13 +227,13 @@ def oversized(survey: Survey, targets: Mapping[str, Target]) -> list[str]:
 
 
 def _too_narrow(survey: Survey, config: AdapterConfig, targets: Mapping[str, Target]) -> list[str]:
-    """A finding for each kind of layer that has too few directions for LoRA-GA, though enough for its rank."""
+    """A finding for each kind of layer that has too few directions for LoRA-GA."""
     if init_name(config.method.init) != "lora-ga":
         return []
     narrow = Counter(
         (target.path.rpartition(".")[2], target.rank, target.out_features, target.in_features)
         for target in targets.values()
-        if target.rank <= target.largest_rank < 2 * target.rank
+        if target.largest_rank < 2 * target.rank
     )
     return [
         f"{leaf} ({count} layer{'s' * (count > 1)} of {survey.model_name}, [out, in] = [{out_features}, "
