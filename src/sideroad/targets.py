@@ -118,7 +118,7 @@ def resolve(model: nn.Module | Survey, config: AdapterConfig, *, any_rank: bool 
         findings.append(f"no layer of {survey.model_name} is left to adapt after exclude and layers. {survey.found()}")
     if targets:
         findings += _check_numbers(survey, config, targets)
-        findings += [] if any_rank else oversized(survey, targets) + _too_narrow(survey, config, targets)
+        findings += [] if any_rank else oversized(survey, targets) + _too_narrow(survey, config, targets, any_rank=any_rank)
     if targets or whole or rows:
         findings += _check_biases(survey, config, targets)
     raise_findings(TargetError, f"targets of {survey.model_name}", findings)
@@ -226,14 +226,16 @@ def oversized(survey: Survey, targets: Mapping[str, Target]) -> list[str]:
     return findings
 
 
-def _too_narrow(survey: Survey, config: AdapterConfig, targets: Mapping[str, Target]) -> list[str]:
-    """A finding for each kind of layer that has too few directions for LoRA-GA."""
+def _too_narrow(
+    survey: Survey, config: AdapterConfig, targets: Mapping[str, Target], *, any_rank: bool
+) -> list[str]:
+    """A finding for each kind of layer that has too few directions for LoRA-GA, and is not refused as too small."""
     if init_name(config.method.init) != "lora-ga":
         return []
     narrow = Counter(
         (target.path.rpartition(".")[2], target.rank, target.out_features, target.in_features)
         for target in targets.values()
-        if target.largest_rank < 2 * target.rank
+        if target.largest_rank < 2 * target.rank and (any_rank or target.rank <= target.largest_rank)
     )
     return [
         f"{leaf} ({count} layer{'s' * (count > 1)} of {survey.model_name}, [out, in] = [{out_features}, "
