@@ -118,7 +118,8 @@ def resolve(model: nn.Module | Survey, config: AdapterConfig, *, any_rank: bool 
         findings.append(f"no layer of {survey.model_name} is left to adapt after exclude and layers. {survey.found()}")
     if targets:
         findings += _check_numbers(survey, config, targets)
-        findings += [] if any_rank else oversized(survey, targets) + _too_narrow(survey, config, targets, any_rank=any_rank)
+        findings += [] if any_rank else oversized(survey, targets)
+        findings += _too_narrow(survey, config, targets, any_rank=any_rank)
     if targets or whole or rows:
         findings += _check_biases(survey, config, targets)
     raise_findings(TargetError, f"targets of {survey.model_name}", findings)
