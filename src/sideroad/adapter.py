@@ -206,15 +206,15 @@ class Adapter:
         plain = self.folded()
         experts = [path for path, kind in self.kinds.items() if kind == EXPERTS]
         findings = weight_findings(plain.weights, plain.modules, experts=experts)
-        findings += bias_findings(self.config, self.weights)
+        findings += bias_findings(plain.config, plain.weights)
         alphas = {path: alpha_of(self.config, path) for path in self.paths}
         findings += [] if findings else attention_findings(self.ranks, alphas, self.kinds)
         findings += [
             f'manifest has the key "{key}", which save writes itself' for key in RESERVED if key in self.manifest
         ]
         raise_findings(AdapterError, f"the adapter for {Path(path)} cannot be saved", shorten(findings))
-        # the ranks that AdaLoRA has settled are the adapter's; how it got there is over
-        files = plain._texts(card, plain.config if self.config.method.kind == "adalora" else self.config)
+        lost = unfold(self.config, plain.weights) is None
+        files = plain._texts(card, plain.config if lost else self.config)
 
         def build(draft: Path) -> None:
             for name, text in files.items():

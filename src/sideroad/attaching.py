@@ -21,7 +21,7 @@ from sideroad.init import draw_seed, start_tensors
 from sideroad.joining import Placed, start_rows, state_without_adapters
 from sideroad.kinds.experts import layer_at, same_layer
 from sideroad.methods import ROWS
-from sideroad.methods.objections import objection
+from sideroad.methods.objections import objections
 from sideroad.mixtures import mixture_notes
 from sideroad.peft_keys import BASE
 from sideroad.survey import Survey
@@ -135,10 +135,10 @@ def _start(
     """Resolve a configuration and make the tensors of a new adapter, in model order; data may settle its ranks."""
     survey = handle.survey(fresh=True)
     targets = resolve(survey, config, any_rank=any_rank)
-    objections = [f"{path} {why}." for path in targets if (why := objection(config, path, survey.modules[path]))]
+    findings = objections(config, targets, survey.modules)
     if config.method.kind == "dora" or init_name(config.method.init) in FROM_WEIGHT:
-        objections += [f"{path} has weights that are NaN or infinite." for path in targets if _broken(survey, path)]
-    raise_findings(TargetError, "the method does not fit these layers", objections)
+        findings += [f"{path} has weights that are NaN or infinite." for path in targets if _broken(survey, path)]
+    raise_findings(TargetError, "the method does not fit these layers", findings)
     given: Mapping[str, tuple[Tensor, Tensor]] = {}
     if init_name(config.method.init) in FROM_DATA:
         with handle.disabled():

@@ -43,7 +43,12 @@ def fold(config: AdapterConfig, weights: Weights) -> tuple[AdapterConfig, dict[s
 
 
 def unfold(config: AdapterConfig, weights: Weights) -> dict[str, dict[str, Tensor]] | None:
-    """Undo `fold` as the configuration says; None where the tensors are not of that form."""
+    """Undo `fold` as the configuration says; None where the tensors are not of that form.
+
+    What AdaLoRA has settled cannot be taken apart again: how the ranks were found is over.
+    """
+    if config.method.kind == "adalora":
+        return None
     found = {path: dict(leaves) for path, leaves in weights.items()}
     starts = init_name(config.method.init) in SUBTRACTED
     for path, leaves in found.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -170,3 +172,21 @@ class LowRank:
                 f"{what} is not defined for a change with a gain: it multiplies the weight itself; "
                 "apply it to the weight first (apply_to)."
             )
+
+
+def changed(weight: Tensor, changes: Sequence[tuple[LowRank, float]]) -> Tensor:
+    """Return a weight with several changes of it, each taken so many times, in fp32 or wider.
+
+    Every change is of the weight as it is given: one with a gain, `W' - W`, looks at nothing that others add.
+
+    Args:
+        weight: [out, in]; left as it is.
+        changes: with the factor of each.
+    """
+    total = weight
+    for low, factor in changes:
+        if low.gain is not None:
+            whole = low.apply_to(weight)
+            total = whole if factor == 1.0 and total is weight else total + factor * (whole - weight)
+    plain = [low.scaled(factor) for low, factor in changes if low.gain is None]
+    return reduce(LowRank.add, plain).apply_to(total) if plain else total

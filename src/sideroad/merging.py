@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from typing import cast
 
 import torch
@@ -15,7 +14,7 @@ from sideroad.errors import MergeError
 from sideroad.interrupts import uninterrupted
 from sideroad.kinds import kind_of
 from sideroad.kinds.experts import Experts, ExpertWeight, layer_at
-from sideroad.lowrank import LowRank
+from sideroad.lowrank import changed
 from sideroad.methods import Delta, acting
 from sideroad.methods.lora import LoraDelta
 from sideroad.methods.replaced import Replaced
@@ -146,16 +145,11 @@ def merged_parameters(layer: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
         if isinstance(delta, Replaced):
             result.update({name: tensor.detach() for name, tensor in delta.tensors().items()})
     lowered = [(cast(Delta, delta).lower(layer), weight) for delta, weight in pairs if not isinstance(delta, Replaced)]
-    gained = [(low, weight) for low, weight in lowered if low is not None and low.gain is not None]
-    changes = [low.scaled(weight) for low, weight in lowered if low is not None and low.gain is None]
+    changes = [(low, weight) for low, weight in lowered if low is not None]
     rows = [(delta, weight) for delta, weight in pairs if isinstance(delta, RowsDelta | TiedRows)]
-    if gained or changes or rows:
+    if changes or rows:
         wide = torch.promote_types(weight_of(layer).dtype, torch.float32)
-        base = dense = read_dense(layer, wide)
-        for low, weight in gained:
-            whole = low.apply_to(base)
-            dense = dense + weight * (whole - base) if weight != 1.0 or dense is not base else whole
-        stored = dense if not changes else reduce(LowRank.add, changes).apply_to(dense)
+        stored = changed(read_dense(layer, wide), changes)
         stored = require_kind(layer).stored(layer, stored)
         for delta, weight in rows:
             stored = delta.write_rows(layer, stored, weight)

@@ -60,15 +60,18 @@ def _init_of(value: Any) -> Any:
     return {"kind": value} if value in FROM_DATA else value
 
 
-def _kind_of_init(value: Any) -> str | None:
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return "name" if isinstance(value, str) else kind if isinstance(kind, str) else None
+def _kind_of(value: Any) -> str | None:
+    """Return the kind that settings name; a method without one is LoRA, and a word for a start is a `name`."""
+    if isinstance(value, str):
+        return "name"
+    kind = value.get("kind", "lora") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) else None
 
 
 Init = Annotated[
     Annotated[InitName, Tag("name")] | Annotated[EvaInit, Tag("eva")] | Annotated[LoraGaInit, Tag("lora-ga")],
     Discriminator(
-        _kind_of_init,
+        _kind_of,
         custom_error_type="init",
         custom_error_message="Input should be a name, or settings whose kind is eva or lora-ga",
     ),
@@ -192,16 +195,10 @@ def _known_kind(value: Any) -> Any:
     return value
 
 
-def _kind_of_method(value: Any) -> str | None:
-    """Return the kind that a method names; one without is LoRA."""
-    kind = value.get("kind", "lora") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return kind if isinstance(kind, str) else None
-
-
 Method = Annotated[
     Annotated[LoraMethod, Tag("lora")] | Annotated[DoraMethod, Tag("dora")] | Annotated[AdaloraMethod, Tag("adalora")],
     Discriminator(
-        _kind_of_method,
+        _kind_of,
         custom_error_type="method",
         custom_error_message="Input should be settings with a kind",
     ),

@@ -96,15 +96,14 @@ def _configure(start: dict[str, Any], options: list[tuple[str, Any]], overrides:
 
 def _survey(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, Any]:
     from sideroad.errors import TargetError, raise_findings
-    from sideroad.methods.objections import objection
+    from sideroad.methods.objections import objections
     from sideroad.mixtures import mixture_notes
     from sideroad.survey import Survey
     from sideroad.targets import count_values, resolve
 
     survey = Survey(model)
     targets = resolve(survey, config)
-    objections = [f"{path} {why}." for path in targets if (why := objection(config, path, survey.modules[path]))]
-    raise_findings(TargetError, "the method does not fit these layers", objections)
+    raise_findings(TargetError, "the method does not fit these layers", objections(config, targets, survey.modules))
     counts = {path: count_values(target, config) for path, target in targets.items()}
     biased = survey.biases(config, targets)
     rows = {path: len(ids) for path, ids in survey.rows(config, []).items()}

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from sideroad.base.quiet import quiet
 from sideroad.errors import MergeError, raise_findings
 from sideroad.files import JSON, json_text, read_json, refuse_occupied_path, replace_directory, write_bytes
 from sideroad.kinds.experts import Experts, layer_at, per_expert
-from sideroad.lowrank import LowRank
+from sideroad.lowrank import LowRank, changed
 from sideroad.methods.lora import LoraDelta
 from sideroad.tensor_files import read_tensors, same_bits, shorten
 from sideroad.vocabulary import grow
@@ -225,7 +224,7 @@ def _rounding(handle: Attached, target: torch.dtype) -> float | None:
         weights = read_dense(layer_at(handle.model, path)).chunk(len(found[0][0]))
         sizes, losses = [], []
         for index, weight in enumerate(weights):
-            exact = _changed(weight.double(), [(parts[index], factor) for parts, factor in found])
+            exact = changed(weight.double(), [(parts[index], factor) for parts, factor in found])
             sizes.append(float((exact - weight).norm()))
             losses.append(float((exact.to(target).double() - exact).norm()))
         if any(sizes):
@@ -239,16 +238,6 @@ def _lowered(delta: LoraDelta, layer: nn.Module) -> tuple[LowRank, ...]:
         return (delta.lower(layer),)
     A, B = (one.detach().float() for one in delta.factors())
     return tuple(map(LowRank, *per_expert(A, B * delta.scale, A.shape[0] // B.shape[1])))
-
-
-def _changed(weight: Tensor, changes: Sequence[tuple[LowRank, float]]) -> Tensor:
-    """The sum that a merge takes, unrounded: a gain looks at the base's weight, whatever else is added."""
-    exact = weight
-    for low, factor in changes:
-        if low.gain is not None:
-            exact = exact + factor * (low.apply_to(weight) - weight)
-    plain = [low.scaled(factor) for low, factor in changes if low.gain is None]
-    return reduce(LowRank.add, plain).apply_to(exact) if plain else exact
 
 
 def _objection(path: Path) -> str | None:

@@ -30,7 +30,7 @@ class Head:
     def projection(self) -> Projection | None:
         """Return the head and its live pair; None where it must compute itself now."""
         found = projection_of(self.layer)
-        if isinstance(found, str) or found.gain is not None or (found.pair is not None and found.pair.dropout):
+        if isinstance(found, str) or (found.pair is not None and found.pair.dropout):
             return None
         return found
 
@@ -58,8 +58,6 @@ def find_head(model: nn.Module, arguments: Mapping[str, Any]) -> Head | str:
         return f"the output head {reason}"
     if isinstance(found := projection_of(layer), str):
         return f"the output head {found}"
-    if found.gain is not None:
-        return "the output head has a magnitude (DoRA)"
     if found.pair is not None and found.pair.dropout:
         return "the output head's adapter has dropout"
     with in_eval_mode(model):

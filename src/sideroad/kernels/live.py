@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -34,8 +32,8 @@ def projection_of(layer: nn.Module) -> Projection | str:
     if len(live) > 1:
         return "has several adapters acting at once"
     delta, weight = live[0]
-    if isinstance(delta, DoraDelta) and (delta.dropout or weight != 1.0):
-        return "has a magnitude (DoRA) with dropout" if delta.dropout else "has a DoRA adapter at another weight than 1"
+    if isinstance(delta, DoraDelta):
+        return "has a magnitude (DoRA)"
     if not isinstance(delta, LoraDelta):
         return "its bias is trained" if isinstance(delta, BiasDelta) else "is not adapted by a pair"
     if delta.bias is not None:
@@ -43,8 +41,7 @@ def projection_of(layer: nn.Module) -> Projection | str:
     if delta.beside is not None:
         return "is tied to trained token rows"
     dropout = delta.dropout if delta.training else 0.0
-    gain = delta.gain(layer) if isinstance(delta, DoraDelta) else None
-    return replace(_plain(layer, Pair(*delta.factors(), weight * delta.scale, dropout)), gain=gain)
+    return _plain(layer, Pair(*delta.factors(), weight * delta.scale, dropout))
 
 
 def refusal(layer: nn.Module) -> str | None:

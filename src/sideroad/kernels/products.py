@@ -40,16 +40,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear layer: weight [out, in] (it may be a transposed view), bias [out], and perhaps a pair.
-
-    Attributes:
-        gain: [out], by which the product and the pair's part are multiplied before the bias; None for 1.
-    """
+    """A frozen linear layer: weight [out, in] (it may be a transposed view), bias [out], and perhaps a pair."""
 
     weight: Tensor
     bias: Tensor | None
     pair: Pair | None = None
-    gain: Tensor | None = None
 
 
 class Shape(NamedTuple):

@@ -30,27 +30,17 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """Apply frozen layers with their pairs to one input.
 
     For the backward pass x is kept once for all layers (or what it can be made again from, see `remade.py`), and rank
-    numbers per token and pair; nothing at all where no pair is trained. A layer with a gain keeps its output besides.
+    numbers per token and pair; nothing at all where no pair is trained.
 
     Args:
         x: [..., in].
     Returns:
         one [..., out] for each layer.
     """
-    # a bias stands behind the gain
-    bare = [one if one.gain is None else replace(one, bias=None) for one in projections]
     outputs: tuple[Tensor, ...] = _Project.apply(  # type: ignore[no-untyped-call]
-        x, source_of(x), shapes_of(bare), *flatten(bare)
+        x, source_of(x), shapes_of(projections), *flatten(projections)
     )
-    return tuple(_gained(y, one) for y, one in zip(outputs, projections, strict=True))
-
-
-def _gained(y: Tensor, projection: Projection) -> Tensor:
-    """Return gain · y + bias where there is a gain; y is then kept, for the gain's own gradient."""
-    if projection.gain is None:
-        return y
-    excess = (projection.gain - 1).to(y.dtype)
-    return torch.addcmul(y if projection.bias is None else y + projection.bias, y, excess)
+    return outputs
 
 
 class _Project(torch.autograd.Function):

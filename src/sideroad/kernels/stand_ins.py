@@ -110,8 +110,6 @@ class FastGatedMlp:
         gate, up, down = found
         if kwargs or len(args) != 1 or isinstance(gate, str) or isinstance(up, str) or isinstance(down, str):
             return type(self.block).forward(self.block, *args, **kwargs)
-        if any(one.gain is not None for one in (gate, up, down)):
-            return type(self.block).forward(self.block, *args, **kwargs)
         # masks are drawn in the order in which the block calls its layers, and its own forward keeps that
         if strided_dropout(args[0], (gate, up, down)) or (dropped((gate, up)) and not self.gated.gate_first):
             return type(self.block).forward(self.block, *args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import nn
 
 from sideroad.config import FROM_DATA, FROM_WEIGHT, AdapterConfig, PairSettings, init_name
@@ -29,6 +31,15 @@ def objection(config: AdapterConfig, path: str, layer: nn.Module) -> str | None:
     if init_name(method.init) in FROM_DATA and (not kind.linear or kind.seam == "owner"):
         return f"is a {type(layer).__name__}; init: {init_name(method.init)} looks at linear layers only. Exclude it"
     return None
+
+
+def objections(config: AdapterConfig, targets: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return a sentence for every layer that the method cannot act on.
+
+    Args:
+        modules: path → layer, of all targets.
+    """
+    return [f"{path} {why}." for path in targets if (why := objection(config, path, modules[path]))]
 
 
 def _read_by_owner(method: PairSettings, kind: Kind) -> str | None:

@@ -13,7 +13,7 @@ from sideroad.attaching import attach
 from sideroad.config import EvaInit
 from sideroad.data_init import FoundStart, start_from_data
 from sideroad.errors import AdapterError, ConfigError, MergeError, TargetError, raise_findings
-from sideroad.methods.objections import objection
+from sideroad.methods.objections import objections
 from sideroad.peft.config import LoraConfig
 from sideroad.peft.lora_model import LoraModel
 from sideroad.peft.starts import EvaConfig, eva_config
@@ -61,7 +61,7 @@ def initialize_lora_eva_weights(
     wanted = live.config.model_copy(update={"method": live.config.method.model_copy(update={"init": init})})
     targets = resolve(handle.survey(), wanted, any_rank=True)
     layers = handle.survey().modules
-    wrong = [f"{path} {why}." for path in targets if (why := objection(wanted, path, layers[path]))]
+    wrong = objections(wanted, targets, layers)
     raise_findings(TargetError, "EVA does not fit these layers", wrong)
     with handle.disabled():
         found = start_from_data(handle.model, wanted, targets, batches)

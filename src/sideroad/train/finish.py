@@ -18,8 +18,9 @@ from sideroad.train.events import Answers, Evaluating, Event, Kept, Result
 from sideroad.train.loop import Loop
 from sideroad.train.recipe import Recipe, dump_recipe
 from sideroad.train.report import CardFacts, DataFile, loss_plot, model_card, samples_page
+from sideroad.train.restoring import put_back
 from sideroad.train.run_directory import RunDirectory, finite_or_null, to_json, write_atomically
-from sideroad.train.setup import NAME, Setup
+from sideroad.train.setup import Setup
 from sideroad.train.speed import Speed, speed_of
 
 Emit = Callable[[Event], None]
@@ -78,11 +79,7 @@ def _choose_weights(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loo
     adapter = checkpoint.load_adapter(place.checkpoints, best)
     if adapter is None:
         raise CheckpointError(f"train.keep: best wants step {best}, whose checkpoint is gone from {place.checkpoints}")
-    if loop.stepper.budget is None:
-        setup.attached.load(NAME, adapter)
-    else:
-        # its file holds the pairs that are left, not the triplets that are attached
-        loop.stepper.load_state(checkpoint.load_tensors(place.checkpoints, best))
+    put_back(setup.attached, loop.stepper, adapter, checkpoint.load_tensors(place.checkpoints, best))
 
 
 def _result(place: RunDirectory, recipe: Recipe, setup: Setup, loop: Loop) -> Result:

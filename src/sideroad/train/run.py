@@ -26,6 +26,7 @@ from sideroad.train.interrupts import Interrupted
 from sideroad.train.loop import Loop
 from sideroad.train.progress import Progress
 from sideroad.train.recipe import Recipe, dump_recipe, load_recipe
+from sideroad.train.restoring import put_back
 from sideroad.train.run_directory import RunDirectory, to_json, write_atomically
 from sideroad.train.seeds import derive
 from sideroad.train.setup import NAME, Setup, prepare
@@ -199,9 +200,7 @@ def _zero_a(setup: Setup, recipe: Recipe) -> set[str]:
 def _restore(place: RunDirectory, setup: Setup, stepper: Stepper, watchdog: Watchdog, emit: Emit) -> Progress:
     """Put the newest checkpoint into the model and the optimizer."""
     found = checkpoint.read(checkpoint.listed(place.checkpoints)[-1], setup.material.fingerprint)
-    if stepper.budget is None:
-        setup.attached.load(NAME, found.adapter)
-    stepper.load_state(found.optimizer)
+    put_back(setup.attached, stepper, found.adapter, found.optimizer)
     watchdog.last_good = found.path
     best = found.progress.best_step
     if best is not None and not (place.checkpoints / checkpoint.name_of(best)).is_dir():
