@@ -172,9 +172,15 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
     Raises:
         AttributeError: there is neither.
     """
-    owner, _, name = path.rpartition(".")
-    holder = model.get_submodule(owner)
-    return ExpertWeight(holder, name) if name in expert_weights(holder) else model.get_submodule(path)
+    found: nn.Module | None = model
+    *owners, name = path.split(".") if path else [""]
+    for part in owners:
+        found = None if found is None else found._modules.get(part)
+    if found is not None and name not in found._modules and name in expert_weights(found):
+        return ExpertWeight(found, name)
+    # asked by hand, as this is asked for every layer of every adapter; what is not there is for torch to say
+    inner = found._modules.get(name) if found is not None and name else found
+    return model.get_submodule(path) if inner is None else inner
 
 
 def holder_of(layer: nn.Module) -> nn.Module:
