@@ -334,6 +334,9 @@ def ours(case: Case) -> AdapterConfig:
         fields |= {"layers": (1,), "layers_pattern": subject.blocks}
     if case["where"] == "exclude":
         fields["exclude"] = (f"re:{subject.exclude}",)
+    if case["model"] == "moe" and case["targets"] == "all-linear" and _dropout(case):
+        # all-linear means the fused experts too, which have no branch to drop from; PEFT's leaves them out
+        fields["exclude"] = (*fields.get("exclude", ()), "*.experts.*")
     if case["beside"] in ("head", "container"):
         fields["modules_to_save"] = (getattr(subject, "head" if case["beside"] == "head" else "whole"),)
     if case["beside"] == "rows":
